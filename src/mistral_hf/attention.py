@@ -1,0 +1,316 @@
+"""Attention within a sliding window: the window rule, the masks made from it, and the back ends.
+
+Legend: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, D head_dim, W window.
+
+Queries and keys are numbered by their place in the sequence, padding included. A window of W means that a query sees W
+keys, itself among them (FlashAttention's ``window_size=(W - 1, 0)``); without a window it sees all keys before it.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+BLOCK = 512  # queries per block of banded attention: see benchmarks/results/attention_block.json
+
+
+def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """The window rule ``query - W < key <= query``, for broadcastable index tensors."""
+    seen = key <= query
+    return seen if window is None else seen & (key > query - window)
+
+
+class KeyLayout(NamedTuple):
+    """Which tokens the T keys of an attention call are.
+
+    The first `slots` keys lie in slot order, as a rolling buffer holds them; the others are consecutive.
+
+    Attributes:
+        query_start: Index of the first query (a 0-d tensor with a static cache).
+        key_start: Index of the first consecutive key, if all are.
+        length: T.
+        slots: Number of leading keys in slot order.
+    """
+
+    query_start: int | Tensor
+    key_start: int
+    length: int
+    slots: int = 0
+
+    def indices(self, query_length: int, device: torch.device) -> Tensor:
+        """Index of every key ``[T]``; a slot that was never filled gets one behind all queries."""
+        if self.slots == 0:
+            return torch.arange(self.key_start, self.key_start + self.length, device=device)
+        newest = self.query_start + query_length - 1 - (self.length - self.slots)
+        ring = newest - (newest - torch.arange(self.slots, device=device)) % self.slots
+        ring = torch.where(ring < 0, newest + query_length + 1, ring)
+        consecutive = torch.arange(1, self.length - self.slots + 1, device=device) + newest
+        return torch.cat([ring, consecutive])
+
+
+class BandMask(NamedTuple):
+    """The mask of a long input, given by its rule; it becomes a tensor one block of queries at a time.
+
+    Attributes:
+        window: W, or None.
+        offset: Index of the first query less that of the first key.
+        padding: ``[B, T]``, True for real tokens, or None if all are.
+        segments: ``[B, T]``, the number of the packed sequence that a token belongs to, or None.
+    """
+
+    window: int | None
+    offset: int
+    padding: Tensor | None
+    segments: Tensor | None
+
+    def keys_of(self, start: int, end: int) -> tuple[int, int]:
+        """Range of the keys that the queries from `start` to `end` may see."""
+        first = 0 if self.window is None else max(0, self.offset + start - self.window + 1)
+        return first, self.offset + end
+
+    def block(self, start: int, end: int, first: int, last: int, device: torch.device) -> Tensor:
+        """Boolean mask ``[B or 1, 1, end - start, last - first]`` of a block, True where a query sees a key."""
+        queries = torch.arange(start, end, device=device)[:, None] + self.offset
+        mask = visible(queries, torch.arange(first, last, device=device), self.window)[None, None]
+        if self.padding is not None:
+            mask = mask & self.padding[:, None, None, first:last]
+        if self.segments is not None:
+            of_queries = self.segments[:, None, start + self.offset : end + self.offset, None]
+            mask = mask & (of_queries == self.segments[:, None, None, first:last])
+        return mask
+
+
+Mask = Tensor | BandMask | None
+
+
+def make_mask(
+    implementation: str,
+    hidden_states: Tensor,
+    layout: KeyLayout,
+    window: int | None,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
+    weights_wanted: bool = False,
+    **library_arguments: Any,
+) -> Any:
+    """The mask that an attention implementation needs, as small as it can be; None where it needs none.
+
+    Args:
+        implementation: Name in the library's registries.
+        hidden_states: ``[B, S, *]``, for its batch, length, dtype and device.
+        layout: Which tokens the keys are.
+        window: W, or None.
+        padding: ``[B, total]``, True for real tokens, or None if all are.
+        segments: ``[B, S]``, the number of the packed sequence that a token belongs to (without cached keys only).
+        weights_wanted: The attention weights will be returned, so that the mask must cover all of them.
+        library_arguments: Passed on to a mask function of the library's registry.
+
+    Returns:
+        None, a boolean tensor ``[B or 1, 1, S, T]``, a `BandMask` for a long input, or what the library's mask function
+        for `implementation` makes.
+    """
+    batch, length = hidden_states.shape[:2]
+    if implementation not in ("eager", "sdpa"):
+        return _library_mask(
+            implementation, hidden_states, layout, window, padding, segments, **library_arguments
+        )
+    if padding is None and segments is None and _needs_no_mask(layout, length, window, implementation):
+        return None
+    if length > BLOCK and layout.slots == 0 and isinstance(layout.query_start, int) and not weights_wanted:
+        end = layout.key_start + layout.length
+        return BandMask(
+            window,
+            layout.query_start - layout.key_start,
+            None if padding is None else padding[:, layout.key_start : end],
+            segments,
+        )
+    keys = layout.indices(length, hidden_states.device)
+    queries = torch.arange(length, device=hidden_states.device)[:, None] + layout.query_start
+    mask = visible(queries, keys, window)[None, None]
+    if padding is not None:
+        mask = mask & _at(padding, keys)[:, None, None, :]
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return mask
+
+
+def _at(padding: Tensor, keys: Tensor) -> Tensor:
+    """Columns `keys` of a padding mask; an empty slot, whose index lies beyond it, gets any of them."""
+    return padding[:, keys.clamp(max=padding.shape[1] - 1)]
+
+
+def _needs_no_mask(layout: KeyLayout, length: int, window: int | None, implementation: str) -> bool:
+    """Whether every query sees every key, or plain causal attention says it all."""
+    if not isinstance(layout.query_start, int):
+        return False
+    if length == 1:
+        reach = layout.length if window is None else window
+        return layout.length <= reach and layout.key_start + layout.length == layout.query_start + 1
+    if implementation == "eager":
+        return False
+    return layout.length == length and (window is None or length <= window)
+
+
+def _library_mask(
+    implementation: str,
+    hidden_states: Tensor,
+    layout: KeyLayout,
+    window: int | None,
+    padding: Tensor | None,
+    segments: Tensor | None,
+    **library_arguments: Any,
+) -> Any:
+    """What the library's own mask function for `implementation` makes of the window rule."""
+    if implementation not in AttentionMaskInterface._global_mapping:
+        return None
+    query_start, key_start = layout.query_start, layout.key_start
+    keys = None
+    if layout.slots:
+        keys = layout.indices(hidden_states.shape[1], hidden_states.device)
+        padding, key_start = (None if padding is None else _at(padding, keys)), 0
+
+    def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = visible(query, key if keys is None else keys[key], window)
+        return seen if segments is None else seen & (segments[batch, query] == segments[batch, key])
+
+    batch, length = hidden_states.shape[:2]
+    return AttentionMaskInterface._global_mapping[implementation](
+        batch_size=batch,
+        q_length=length,
+        kv_length=layout.length,
+        q_offset=query_start,
+        kv_offset=key_start,
+        mask_function=rule,
+        attention_mask=padding,
+        allow_is_causal_skip=segments is None and keys is None,
+        local_size=window,
+        dtype=hidden_states.dtype,
+        device=hidden_states.device,
+        use_vmap=False,
+        **library_arguments,
+    )
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention in plain matrix products, which can return its weights.
+
+    Args:
+        query: ``[B, H, S, D]``.
+        key, value: ``[B, K, T, D]``.
+        attention_mask: None (all keys are seen), boolean or additive ``[B or 1, H or 1, S, T]``, or a `BandMask`.
+        scaling: Factor of the scores.
+        dropout: Dropout probability of the weights.
+
+    Returns:
+        ``[B, S, H, D]``, and the weights ``[B, H, S, T]`` unless the mask is a `BandMask`.
+    """
+    if isinstance(attention_mask, BandMask):
+        blocks = _blocks(query, key, value, attention_mask)
+        return torch.cat([_eager(*block, scaling, dropout)[0] for block in blocks], dim=1), None
+    return _eager(query, key, value, attention_mask, scaling, dropout)
+
+
+def sdpa_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Mask,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through PyTorch's fused kernels, without repeated keys; arguments as `eager_attention_forward`.
+
+    Without a mask, several queries attend causally, aligned with the first keys.
+
+    Returns:
+        ``[B, S, H, D]``, and None.
+    """
+    if kwargs.get("cache") is not None:  # continuous batching keeps the keys of its requests in a paged cache
+        paged = AttentionInterface._global_mapping["sdpa"]
+        return paged(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if isinstance(attention_mask, BandMask):
+        blocks = _blocks(query, key, value, attention_mask)
+        return torch.cat([_sdpa(*block, scaling, dropout) for block in blocks], dim=1), None
+    if query.shape[2] == 1 and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # For a single query, PyTorch's fused CPU kernel takes 1.3 (float32) to 2 (bfloat16) times as long.
+        return _eager(query, key, value, attention_mask, scaling, dropout)[0], None
+    return _sdpa(query, key, value, attention_mask, scaling, dropout), None
+
+
+def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: BandMask) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of queries, each with its band of keys and values and its mask.
+
+    Slicing keys under autograd would make every block's backward as long as the whole input. So where gradients are
+    recorded, the band is put together from pieces, and the backward pass stays linear too.
+    """
+    recording = torch.is_grad_enabled() and key.requires_grad
+    keys, values = (key.split(BLOCK, dim=2), value.split(BLOCK, dim=2)) if recording else ((), ())
+    for start in range(0, query.shape[2], BLOCK):
+        end = min(start + BLOCK, query.shape[2])
+        first, last = mask.keys_of(start, end)
+        if recording:
+            pieces = slice(first // BLOCK, -(-last // BLOCK))
+            first, last = pieces.start * BLOCK, min(pieces.stop * BLOCK, key.shape[2])
+            band = torch.cat(keys[pieces], dim=2), torch.cat(values[pieces], dim=2)
+        else:
+            band = key[:, :, first:last], value[:, :, first:last]
+        yield query[:, :, start:end], *band, mask.block(start, end, first, last, query.device)
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, length, head_dim = query.shape
+    kv_heads, total = key.shape[1], key.shape[2]
+    rows = (query * scaling).reshape(batch, kv_heads, -1, head_dim)  # [B, K, G*S, D]
+    scores = (rows @ key.transpose(2, 3)).view(batch, heads, length, total)
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout) if dropout else weights
+    output = weights.view(batch, kv_heads, -1, total) @ value  # [B, K, G*S, D]
+    return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+) -> Tensor:
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    causal = mask is None and length > 1
+    if length == 1 and heads != kv_heads:
+        query = query.reshape(batch, kv_heads, -1, head_dim)  # the heads of a group as rows: [B, K, G, D]
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.reshape(mask.shape[0], kv_heads, -1, mask.shape[3])
+    elif heads != kv_heads and mask is not None and query.device.type == "cuda":
+        # No fused CUDA kernel takes groups of heads together with a mask.
+        key, value = (states.repeat_interleave(heads // kv_heads, dim=1) for states in (key, value))
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return output.reshape(batch, heads, length, head_dim).transpose(1, 2)
+
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+# The library's registry with our own functions for these two names; what users register is found there as well.
+ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
+ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward

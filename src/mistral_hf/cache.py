@@ -1,0 +1,411 @@
+"""The key/value cache: a rolling buffer, written in place, whose memory is fixed by the window.
+
+Legend: B batch, K key/value heads, N new tokens, D head_dim, W window.
+
+A token at position p lives in slot ``p % slots`` of a buffer ``[B, K, slots, D]``. With W=4, a prompt of six tokens and
+one decoding step:
+
+    prompt   positions 0 1 2 3 4 5 -> slots  0 1 2 3      holds positions 4 5 2 3
+    decode   position  6           -> slot   2            holds positions 4 5 6 3: exactly those that query 6 sees
+
+One query reads the buffer as it lies, since attention does not care about the order of keys. Several queries get
+the old window and all new keys in chronological order, and the new keys are stored afterwards.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+MIN_SLOTS = 64  # the first allocation, in tokens
+MAX_SLACK = 1024  # tokens beyond the window that stay recoverable while the past is recorded
+STATIC_BUCKET = 256  # smallest preallocated buffer, in tokens; larger ones are powers of two
+
+
+class RollingLayer(CacheLayerMixin):
+    """One layer's keys and values, at most W tokens of them, or all with ``sliding_window=None``.
+
+    The buffer is small at first and doubles until it has W slots; from then on it never changes.
+
+    Args:
+        sliding_window: W, in tokens, or None for full attention.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.cumulative_length = 0
+        self.oldest = 0  # the first position whose slot has not been written over
+        self.record_past = False
+        self.unconfirmed = 0  # tokens stored since the last crop, while the past is recorded
+
+    @property
+    def slots(self) -> int:
+        """Number of tokens that the buffer can hold now."""
+        return self.keys.shape[2] if self.keys is not None else 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype, device, batch and heads from the first ``[B, K, N, D]`` states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store ``[B, K, N, D]`` new keys and values, and return those that the new queries attend to.
+
+        Returns:
+            Keys and values ``[B, K, T, D]``, with T as `get_mask_sizes` told: for one query the buffer itself, in slot
+            order once it has wrapped; for several, the old window and the new tokens in chronological order.
+
+        Raises:
+            ValueError: The batch size is not that of the stored tokens.
+        """
+        self._check_batch(key_states)
+        if not self.is_initialized or (self.cumulative_length == 0 and self.keys.shape[0] != key_states.shape[0]):
+            self.lazy_initialization(key_states, value_states)
+        count, start = key_states.shape[2], self.cumulative_length
+        seen = self._first_visible(start)
+        self._reserve(count)
+        if count == 1 or start + count - seen <= self.slots:
+            self._store(key_states, value_states)
+            if seen == start:
+                return key_states, value_states
+            if count == 1:
+                filled = min(start + 1, self.slots)
+                return self.keys[:, :, :filled], self.values[:, :, :filled]
+            return self._span(self.keys, seen, start + count), self._span(self.values, seen, start + count)
+        if seen == start:
+            keys, values = key_states, value_states
+        else:
+            keys = torch.cat([self._span(self.keys, seen, start), key_states], dim=2)
+            values = torch.cat([self._span(self.values, seen, start), value_states], dim=2)
+        self._store(key_states, value_states)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that `update` will return for that many queries, and the position of the first of them.
+
+        Where `ring_slots` is not zero, the keys come in slot order and the position is that of the oldest.
+        """
+        start = self.cumulative_length
+        end, seen = start + query_length, self._first_visible(start)
+        if query_length > 1 or seen == start:
+            return end - seen, seen
+        length = min(end, self._slots_for(1))
+        return length, end - length
+
+    def ring_slots(self, query_length: int) -> int:
+        """Number of leading keys that `update` will return in slot order; 0 if all are chronological."""
+        start = self.cumulative_length
+        if query_length > 1 or self._first_visible(start) == start:
+            return 0
+        slots = self._slots_for(1)
+        return slots if start + 1 > slots else 0
+
+    def get_seq_length(self) -> int:
+        """Number of tokens seen so far, those that have left the window included."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """W, or -1 for a layer that keeps every token."""
+        return -1 if self.sliding_window is None else self.sliding_window
+
+    def activate_past_recording(self) -> None:
+        """Keep up to `MAX_SLACK` tokens beyond the window recoverable, so that `crop` can undo rejected candidates."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens (the argument is zero or negative).
+
+        Raises:
+            ValueError: The argument is positive, more than was stored, or reaches tokens already written over.
+        """
+        count = -tokens_to_remove
+        length = self.cumulative_length - count
+        if count < 0 or length < 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero or the"
+                " negative number of tokens to remove, at most as many as are stored."
+            )
+        if self.oldest > self._first_visible(length):
+            raise ValueError(
+                f"crop({tokens_to_remove}) cannot be undone: position {self._first_visible(length)} is needed again, but"
+                f" a buffer of {self.slots} slots holds no position before {self.oldest} any more. Call"
+                " activate_past_recording() before the tokens that may be removed are processed, and remove at most"
+                f" {MAX_SLACK} of them at a time."
+            )
+        self.cumulative_length = length
+        self.unconfirmed = 0
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffer stays allocated."""
+        self.cumulative_length = self.oldest = self.unconfirmed = 0
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        if self.get_seq_length() > 0:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        if self.get_seq_length() > 0:
+            self.keys, self.values = self.keys[indices], self.values[indices]
+
+    def chronological(self) -> tuple[Tensor, Tensor]:
+        """The stored keys and values ``[B, K, tokens, D]`` that the next query could see, oldest first."""
+        start, end = self._first_visible(self.cumulative_length), self.cumulative_length
+        return self._span(self.keys, start, end), self._span(self.values, start, end)
+
+    def _first_visible(self, position: int) -> int:
+        """The first position that a query at `position` attends to."""
+        return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
+
+    def _slots_for(self, count: int) -> int:
+        """Slots that the buffer will have once `count` more tokens are stored."""
+        needed = end = self.cumulative_length + count
+        limit = None
+        if self.sliding_window is not None:
+            slack = min(self.unconfirmed + count, MAX_SLACK) if self.record_past else 1
+            limit = self.sliding_window - 1 + _power_of_two(slack)
+            needed = min(end, limit)
+        if needed > self.slots:
+            grown = max(MIN_SLOTS, _power_of_two(needed))
+            return grown if limit is None else min(grown, limit)
+        if self.sliding_window is not None and not self.record_past:
+            return min(self.slots, self.sliding_window)
+        return self.slots
+
+    def _reserve(self, count: int) -> None:
+        slots = self._slots_for(count)
+        if slots != self.slots:
+            self._resize(slots)
+        elif self.keys.requires_grad or (self.keys.is_inference() and not torch.is_inference_mode_enabled()):
+            # Autograd still needs the old values, or the buffer was made where it cannot be written from here.
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+    def _resize(self, slots: int) -> None:
+        end = self.cumulative_length
+        start = max(self.oldest, end - min(slots, self.slots))
+        old_keys, old_values = self._span(self.keys, start, end), self._span(self.values, start, end)
+        self.keys = old_keys.new_empty((*old_keys.shape[:2], slots, old_keys.shape[3]))
+        self.values = old_values.new_empty((*old_values.shape[:2], slots, old_values.shape[3]))
+        self._write(self.keys, old_keys, start)
+        self._write(self.values, old_values, start)
+        self.oldest = start
+
+    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
+        count, start = key_states.shape[2], self.cumulative_length
+        kept = min(count, self.slots)
+        self._write(self.keys, key_states[:, :, count - kept :], start + count - kept)
+        self._write(self.values, value_states[:, :, count - kept :], start + count - kept)
+        self.cumulative_length = start + count
+        self.oldest = max(self.oldest, self.cumulative_length - self.slots)
+        if self.record_past:
+            self.unconfirmed += count
+
+    @staticmethod
+    def _write(buffer: Tensor, states: Tensor, position: int) -> None:
+        """Copy at most ``slots`` states, the first of them at `position`, into their slots."""
+        count = states.shape[2]
+        slot = position % buffer.shape[2] if count else 0
+        head = min(count, buffer.shape[2] - slot)
+        buffer[:, :, slot : slot + head].copy_(states[:, :, :head])
+        if head < count:
+            buffer[:, :, : count - head].copy_(states[:, :, head:])
+
+    @staticmethod
+    def _span(buffer: Tensor, start: int, end: int) -> Tensor:
+        """States of the positions from `start` to `end` in order: a view, or a copy where the span wraps around."""
+        if start == end:
+            return buffer[:, :, :0]
+        slot, count = start % buffer.shape[2], end - start
+        if slot + count <= buffer.shape[2]:
+            return buffer[:, :, slot : slot + count]
+        return torch.cat([buffer[:, :, slot:], buffer[:, :, : slot + count - buffer.shape[2]]], dim=2)
+
+    def _check_batch(self, key_states: Tensor) -> None:
+        if self.cumulative_length and self.keys.shape[0] != key_states.shape[0]:
+            raise ValueError(
+                f"The cache holds {self.keys.shape[0]} sequences, but {key_states.shape[0]} came in. Pass the batch that"
+                " the cache was filled with, use batch_select_indices or batch_repeat_interleave, or a new cache."
+            )
+
+
+class StaticRollingLayer(CacheLayerMixin):
+    """A `RollingLayer` of fixed addresses and shapes, whose step is one graph before, at and after the wrap.
+
+    Its length is a tensor. One query attends to all slots, the empty ones masked; several attend to all slots and
+    then to the new tokens, except in the first call after a reset, which sees the new tokens alone.
+
+    Args:
+        max_cache_len: Tokens that the layer must be able to hold.
+        sliding_window: W, in tokens, or None for full attention.
+    """
+
+    is_compileable = True
+    is_croppable = False
+
+    def __init__(self, max_cache_len: int, sliding_window: int | None = None) -> None:
+        super().__init__()
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self.wraps = sliding_window is not None and sliding_window <= max_cache_len
+        self.max_cache_len = sliding_window if self.wraps else max_cache_len
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
+        self.is_fresh = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate ``[B, K, slots, D]`` for the dtype, device, batch and heads of the given states."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states.new_zeros((*key_states.shape[:2], self.max_cache_len, key_states.shape[3]))
+        self.values = value_states.new_zeros((*value_states.shape[:2], self.max_cache_len, value_states.shape[3]))
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        if not torch.compiler.is_compiling():
+            for tensor in (self.keys, self.values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store ``[B, K, N, D]`` new states; return all slots, and before them for N > 1 nothing but the new ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[2]
+        if count > self.max_cache_len and not self.wraps:
+            raise ValueError(f"{count} tokens do not fit a static cache of {self.max_cache_len}; raise max_cache_len.")
+        if count == 1:
+            keys, values = self.keys, self.values
+        elif self.is_fresh:
+            keys, values = key_states, value_states
+        else:
+            keys = torch.cat([self.keys, key_states], dim=2)
+            values = torch.cat([self.values, value_states], dim=2)
+        kept = min(count, self.max_cache_len) if self.wraps else count
+        slots = self.cumulative_length + torch.arange(count - kept, count, device=self.device)
+        if self.wraps:
+            slots = slots % self.max_cache_len
+        self.keys.index_copy_(2, slots, key_states[:, :, count - kept :])
+        self.values.index_copy_(2, slots, value_states[:, :, count - kept :])
+        self.cumulative_length.add_(count)
+        self.is_fresh = False
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that `update` will return, and the position of the first chronological one (0 if none)."""
+        if query_length == 1:
+            return self.max_cache_len, 0
+        return (query_length if self.is_fresh else self.max_cache_len + query_length), 0
+
+    def ring_slots(self, query_length: int) -> int:
+        """Number of leading keys that `update` will return in slot order."""
+        return 0 if query_length > 1 and self.is_fresh else self.max_cache_len
+
+    def get_seq_length(self) -> Tensor | int:
+        """Number of tokens seen so far, as a 0-d tensor once there are any."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Number of slots."""
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        """Forget all tokens; addresses stay."""
+        super().reset()
+        self.is_fresh = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of the batch in the order `beam_idx`, at the same addresses."""
+        if self.is_initialized:
+            self.keys.copy_(self.keys.index_select(0, beam_idx.to(self.device)))
+            self.values.copy_(self.values.index_select(0, beam_idx.to(self.device)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removing nothing is all that a static layer can do.
+
+        Raises:
+            ValueError: There is something to remove.
+        """
+        if tokens_to_remove != 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}): a static cache cannot forget single tokens. Use the default cache for"
+                " assisted decoding, or reset() to forget everything."
+            )
+
+
+class RollingCache(Cache):
+    """The cache that Mistral models make by default: one `RollingLayer` a decoder layer.
+
+    Args:
+        config: The model's configuration; its ``sliding_window`` and ``num_hidden_layers`` count. In its place, what
+            iterating over another `RollingCache` yields (torch's DataParallel gathers replicas that way).
+        max_cache_len: Preallocate fixed buffers for that many tokens (rounded up), for compiled decoding; None grows
+            them as needed.
+        offloading: Keep layers in CPU memory while they are not used.
+
+    Raises:
+        ValueError: ``max_cache_len`` is less than 1.
+
+    Example:
+        >>> from mistral_hf import MistralConfig, RollingCache
+        >>> cache = RollingCache(MistralConfig(num_hidden_layers=2, sliding_window=4))
+        >>> len(cache), cache.get_seq_length(), cache.get_max_length()
+        (2, 0, 4)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | Iterable[tuple[Tensor, Tensor, Tensor]],
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            super().__init__(layers=[_gathered_layer(*state) for state in config])
+            return
+        text_config = config.get_text_config(decoder=True)
+        window = getattr(text_config, "sliding_window", None)
+        layers: list[CacheLayerMixin] = []
+        for _ in range(text_config.num_hidden_layers):
+            if max_cache_len is None:
+                layers.append(RollingLayer(window))
+            else:
+                layers.append(StaticRollingLayer(_bucket(max_cache_len), window))
+        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+
+    def ring_slots(self, query_length: int) -> int:
+        """Number of leading keys that `update` will return in slot order; 0 if all are chronological."""
+        return self.layers[0].ring_slots(query_length) if self.layers else 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each layer's visible keys and values, oldest first, and ``[tokens seen, W or 0]``."""
+        for layer in self.layers:
+            counts = torch.tensor([[layer.get_seq_length(), layer.sliding_window or 0]], device=layer.keys.device)
+            yield *layer.chronological(), counts
+
+
+def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLayer:
+    length, window = counts[0].tolist()
+    layer = RollingLayer(window or None)
+    layer.lazy_initialization(keys, values)
+    layer.cumulative_length = layer.oldest = length - keys.shape[2]
+    layer._reserve(keys.shape[2])
+    layer._store(keys, values)
+    return layer
+
+
+def _power_of_two(count: int) -> int:
+    """The least power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+def _bucket(max_cache_len: int) -> int:
+    if max_cache_len < 1:
+        raise ValueError(f"max_cache_len={max_cache_len} must be at least 1 token.")
+    return max(STATIC_BUCKET, _power_of_two(max_cache_len))

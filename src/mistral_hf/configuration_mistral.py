@@ -1,0 +1,129 @@
+"""The configuration of a Mistral model: typed, validated, free of any tensor framework."""
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# The activations that Transformers knows by name (transformers.activations needs torch, this file must not).
+ACTIVATIONS = frozenset(
+    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish laplace leaky_relu"
+    " linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh xielu".split()
+)
+
+
+@strict
+class MistralConfig(PreTrainedConfig):
+    """Configuration of a Mistral model, field by field that of the reference implementation.
+
+    Args:
+        vocab_size: Number of tokens in the vocabulary.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the gated feed-forward layer.
+        num_hidden_layers: Number of decoder layers.
+        num_attention_heads: Number of query heads.
+        num_key_value_heads: Number of key/value heads; it divides `num_attention_heads` (None: equal to it).
+        head_dim: Width of a head, even (None: `hidden_size // num_attention_heads`).
+        hidden_act: Activation of the gate, by its name in Transformers.
+        max_position_embeddings: Longest sequence that the model was made for, in tokens.
+        initializer_range: Standard deviation of freshly initialised weights.
+        rms_norm_eps: Epsilon of the RMS normalisations.
+        use_cache: Whether forward returns a key/value cache unless told otherwise.
+        pad_token_id: Id of the padding token, if there is one.
+        bos_token_id: Id of the token that begins a sequence.
+        eos_token_id: Id, or ids, of the token that ends a sequence.
+        tie_word_embeddings: Whether the output layer shares the input embeddings' weights.
+        rope_parameters: `rope_type`, `rope_theta` and the fields of the type, as in Transformers 5. The top-level
+            `rope_theta` and `rope_scaling` of older files are read too.
+        sliding_window: W, the number of keys a query sees, itself among them; None is full causal attention.
+        attention_dropout: Dropout probability of the attention weights while training.
+
+    Raises:
+        ValueError: A field breaks a rule; the message names the field, the value and the rule.
+    """
+
+    model_type = "mistral"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any] | None] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 14336
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 131072
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = False
+    rope_parameters: RopeParameters | dict[str, Any] | None = None
+    sliding_window: int | None = 4096
+    attention_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Check the fields against each other.
+
+        Raises:
+            ValueError: A field breaks a rule; the message names the field, the value and the rule.
+        """
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("num_hidden_layers", self.num_hidden_layers >= 0, "must not be negative")
+        self._require("max_position_embeddings", self.max_position_embeddings >= 1, "must be at least 1")
+        self._require(
+            "num_attention_heads",
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"must be divisible by num_key_value_heads={self.num_key_value_heads}",
+        )
+        self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "must be even and at least 2 (RoPE)")
+        self._require(
+            "sliding_window",
+            self.sliding_window is None or self.sliding_window >= 1,
+            "must be at least 1, or null for full attention",
+        )
+        self._require("rms_norm_eps", self.rms_norm_eps > 0, "must be positive")
+        self._require("attention_dropout", 0 <= self.attention_dropout < 1, "must lie in [0, 1)")
+        self._require("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
+        self._require_uniform_layers()
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"MistralConfig: {name}={getattr(self, name)!r} {rule}.")
+
+    def _require_uniform_layers(self) -> None:
+        layer_types = getattr(self, "layer_types", None)
+        expected = "full_attention" if self.sliding_window is None else "sliding_attention"
+        if layer_types is not None and any(layer_type != expected for layer_type in layer_types):
+            raise ValueError(
+                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, as every layer of a Mistral model"
+                f" has the one sliding_window={self.sliding_window}. Alternating layers are the Ministral architecture:"
+                " load such a checkpoint through AutoModel, or set model_type to 'ministral'."
+            )

@@ -1,0 +1,677 @@
+"""The PyTorch Mistral model, top-down: heads, model, layer, attention, MLP, norm, rotary embedding.
+
+Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, eager_attention_forward, make_mask
+from .cache import RollingCache
+from .configuration_mistral import MistralConfig
+from .losses import check_labels, check_range, sequence_classification_loss
+
+logger = logging.get_logger(__name__)
+
+
+class MistralPreTrainedModel(PreTrainedModel):
+    """What all Mistral models share: configuration class, loading, parallel plans and the attention interface."""
+
+    config: MistralConfig
+    config_class = MistralConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MistralDecoderLayer"]  # noqa: RUF012 - a class attribute of the library's contract
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
+    """The language model: a `MistralModel` and an output layer over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__(config)
+        self.model = MistralModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the next token at every position.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
+            logits_to_keep: Compute logits for that many last positions only, or for the positions of a 1-d tensor;
+                0 means all.
+            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``, ``shift_labels``).
+
+        Returns:
+            ``logits`` ``[B, S or kept, V]`` in the model's dtype, ``loss`` if there are labels, ``past_key_values``.
+
+        Raises:
+            ValueError: As `MistralModel`; or a label lies outside the vocabulary.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[-1])
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def create_masks_for_generate(
+        self,
+        config: MistralConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """The mask of a compiled decoding step, made outside of its graph; a prompt's mask is left to forward."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return self.model.attention_mask(inputs_embeds, attention_mask, past_key_values)
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> Any:
+        """Give `generate` a `RollingCache` where it would make one of the library's dynamic or static caches."""
+        kind = generation_config.cache_implementation
+        rolling = kind in (None, "dynamic", "offloaded", "static", "offloaded_static")
+        if not rolling or generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        capacity = None
+        if kind is not None and "static" in kind:
+            asked = getattr(generation_config, "max_cache_len", None) or 0
+            capacity = max(max_cache_length, asked, getattr(self, "_previous_max_cache_length", 1))
+            self._previous_max_cache_length = capacity
+        cache = RollingCache(self.config, max_cache_len=capacity, offloading=kind is not None and "offloaded" in kind)
+        if capacity is not None and generation_config.prefill_chunk_size is not None:
+            self._allocate_now(cache, batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    def _allocate_now(self, cache: RollingCache, batch_size: int) -> None:
+        """Allocate a static cache before a compiled prefill, whose graph cannot do it."""
+        attention = self.model.layers[0].self_attn
+        heads = attention.k_proj.weight.shape[0] // attention.head_dim
+        cache.early_initialization(batch_size, heads, attention.head_dim, self.dtype, self.device)
+
+
+class MistralForSequenceClassification(MistralPreTrainedModel):
+    """A `MistralModel` with a linear layer on the last real token of every sequence."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MistralModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.loss_function = sequence_classification_loss
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify whole sequences.
+
+        The last token that the attention mask marks as real counts, on whichever side the padding is; without a mask,
+        the last token that is not ``config.pad_token_id``.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            labels: See `losses.sequence_classification_loss`.
+            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
+
+        Returns:
+            ``logits`` ``[B, num_labels]``, ``loss`` if there are labels, ``past_key_values``.
+
+        Raises:
+            ValueError: As `MistralModel`; a batch has neither a mask nor a pad token; or the labels do not fit.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        last = self._last_real_token(input_ids, attention_mask, hidden_states)
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        logits = self.score(hidden_states[rows, last.to(hidden_states.device)])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+        """Place of the last real token of every row, ``[B]``."""
+        batch, length = hidden_states.shape[:2]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            real = attention_mask[:, -length:].bool()
+        elif batch == 1 and (input_ids is None or self.config.pad_token_id is None):
+            return torch.full((1,), length - 1)
+        elif input_ids is None or self.config.pad_token_id is None:
+            raise ValueError(
+                f"Which of the {batch} sequences' tokens are padding is unknown: config.pad_token_id is"
+                f" {self.config.pad_token_id} and there is no attention mask. Pass attention_mask, or set"
+                " model.config.pad_token_id = tokenizer.pad_token_id."
+            )
+        else:
+            real = input_ids != self.config.pad_token_id
+        return (real * torch.arange(1, length + 1, device=real.device)).argmax(dim=-1)
+
+
+class MistralForTokenClassification(MistralPreTrainedModel):
+    """A `MistralModel` with a linear layer on every token."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MistralModel(config)
+        self.dropout = nn.Dropout(_first_set(config, "classifier_dropout", "hidden_dropout", default=0.1))
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=getattr(config, "token_classification_bias", True))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """Classify every token.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            labels: ``[B, S]`` class ids, -100 where the loss ignores them.
+            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
+
+        Returns:
+            ``logits`` ``[B, S, num_labels]``, and ``loss`` if there are labels.
+
+        Raises:
+            ValueError: As `MistralModel`; or a label lies outside the classes.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_labels(labels, self.num_labels)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MistralForQuestionAnswering(MistralPreTrainedModel):
+    """A `MistralModel` that scores every token as the start and the end of an answer."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__(config)
+        self.model = MistralModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Find the answer's span.
+
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: See `MistralModel`.
+            start_positions, end_positions: ``[B]`` places of the first and last token of the answer; one outside of the
+                input is ignored.
+            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
+
+        Returns:
+            ``start_logits`` and ``end_logits`` ``[B, S]``, and ``loss`` if both places are given.
+
+        Raises:
+            ValueError: As `MistralModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _first_set(config: MistralConfig, *names: str, default: float) -> float:
+    """The first of the named optional fields that has a value."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if value is not None), default)
+
+
+class MistralDecoderLayer(GradientCheckpointingLayer):
+    """Attention, then the feed-forward layer, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: MistralConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.hidden_size = config.hidden_size
+        self.self_attn = MistralAttention(config, layer_idx)
+        self.mlp = MistralMLP(config)
+        self.input_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Map ``[B, S, E]`` to ``[B, S, E]``; keywords go to `MistralAttention`."""
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MistralAttention(nn.Module):
+    """Grouped-query attention with rotary embeddings, within the sliding window."""
+
+    def __init__(self, config: MistralConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[B, S, E]``.
+            position_embeddings: cos and sin as `MistralRotaryEmbedding` gives them.
+            attention_mask: What `attention.make_mask` made for the attention implementation.
+            past_key_values: Where keys and values are kept.
+
+        Returns:
+            ``[B, S, E]``, and the attention weights ``[B, H, S, T]`` of an implementation that has them.
+        """
+        batch, length = hidden_states.shape[:2]
+        by_head = (batch, length, -1, self.head_dim)
+        q = apply_rotary(self.q_proj(hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
+        k = apply_rotary(self.k_proj(hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
+        v = self.v_proj(hidden_states).view(by_head).transpose(1, 2)  # [B, K, S, D]
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)  # [B, K, T, D]
+        attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.config.sliding_window,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(batch, length, -1)), weights
+
+
+class MistralMLP(nn.Module):
+    """The gated feed-forward layer: ``down(act(gate(x)) * up(x))``."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[B, S, E]`` to ``[B, S, E]``."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MistralRMSNorm(nn.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in at least float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MistralRotaryEmbedding(nn.Module):
+    """Rotary position embeddings (Su et al., 2021) of every type that the library has.
+
+    Attributes and methods are named as the library's initialisation of non-persistent buffers expects them.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        default = self.rope_type == "default"
+        initialize = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = initialize(config)
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MistralConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
+        """Inverse frequencies ``theta ** (-2i / D)``, ``[D/2]`` in float32, and a factor of 1 for cos and sin."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the rotation of `apply_rotary`.
+
+        Args:
+            x: For its dtype and device.
+            position_ids: ``[B or 1, S]``.
+
+        Returns:
+            cos and sin, each ``[B or 1, 1, S, D]`` in the dtype of `x`, the first half of sin negated.
+        """
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[B, heads, S, D]`` states, the two halves of a head being the parts of D/2 complex numbers."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), sin)
+
+
+class MistralModel(MistralPreTrainedModel):
+    """The decoder: embeddings, layers and the last norm."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(MistralDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MistralRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute the hidden states of new tokens.
+
+        Args:
+            input_ids: ``[B, S]`` token ids.
+            attention_mask: ``[B, total]``, nonzero for real tokens, `total` being the cached tokens and the new ones;
+                or a mask ``[B or 1, H or 1, S, T]`` of one's own, boolean or additive.
+            position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
+                restart (without mask and cache) mark packed sequences, which do not see each other.
+            past_key_values: The cached tokens; new ones are added to it in place.
+            inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
+            use_cache: Return a cache, made if `past_key_values` is None (default: ``config.use_cache``).
+            **kwargs: ``output_hidden_states``, ``output_attentions``, and what attention implementations take.
+
+        Returns:
+            ``last_hidden_state`` ``[B, S, E]``, ``past_key_values``, and what else was asked for.
+
+        Raises:
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
+                does not cover the tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(
+                f"Pass exactly one of input_ids and inputs_embeds, not {'neither' if input_ids is None else 'both'}."
+            )
+        if inputs_embeds is None:
+            self._check_ids(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = RollingCache(self.config)
+        mask = self.attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs)
+        if position_ids is None:
+            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers[: self.config.num_hidden_layers]:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+        )
+
+    def attention_mask(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The mask that all layers share, as the attention implementation wants it; see `attention.make_mask`."""
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4):
+            return attention_mask
+        length = inputs_embeds.shape[1]
+        layout = _key_layout(past_key_values, length)
+        segments = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            segments = _packed_segments(position_ids, inputs_embeds.shape[0])
+        wanted = kwargs.get("output_attentions")
+        return make_mask(
+            self.config._attn_implementation,
+            inputs_embeds,
+            layout,
+            self.config.sliding_window,
+            padding=_real_tokens(attention_mask, layout.query_start, length, inputs_embeds.device),
+            segments=segments,
+            weights_wanted=self.config.output_attentions if wanted is None else wanted,
+            config=self.config,
+        )
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if input_ids.device.type == "cpu" or input_ids.shape[1] > 1:
+            meaning = "token ids of the model's vocabulary; use the model's own tokenizer, or resize_token_embeddings"
+            check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, meaning)
+
+
+def _key_layout(cache: Cache | None, length: int) -> KeyLayout:
+    """Which tokens the keys of the next attention call are."""
+    if cache is None:
+        return KeyLayout(0, 0, length)
+    query_start = cache.get_seq_length()
+    total, key_start = cache.get_mask_sizes(length, 0)
+    slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
+    if isinstance(query_start, Tensor) and length > 1 and slots == 0 and not torch.compiler.is_compiling():
+        query_start = int(query_start)
+    return KeyLayout(query_start, key_start, total, slots)
+
+
+def _real_tokens(attention_mask: Tensor | None, start: Any, length: int, device: torch.device) -> Tensor | None:
+    """The boolean form of a 2-d mask, or None if it masks nothing."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must have 2 or 4 dimensions.")
+    covered = attention_mask.shape[1]
+    if isinstance(start, int) and covered != start + length:
+        raise ValueError(
+            f"attention_mask covers {covered} tokens, but there are {start} cached and {length} new ones: it must have"
+            f" {start + length} columns, those of the cached tokens first."
+        )
+    real = attention_mask.to(device=device, dtype=torch.bool)
+    if not torch.compiler.is_compiling() and real.all():
+        return None
+    return real
+
+
+def _positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
+    """Positions of the new tokens, ``[B or 1, S]``: counted by row, from the first real token."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        counted = attention_mask.to(inputs_embeds.device).ne(0).cumsum(dim=-1) - 1
+        return counted[:, -length:].clamp(min=0)
+    start = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(length, device=inputs_embeds.device) + start)[None]
+
+
+def _packed_segments(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Number of the packed sequence of every token, ``[B, S]``, or None if no row has more than one."""
+    segments = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
+    if not torch.compiler.is_compiling() and not segments[:, -1].any():
+        return None
+    return segments.expand(batch, -1)
+
+
+MistralPreTrainedModel._can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MistralAttention}
