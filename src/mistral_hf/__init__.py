@@ -1,5 +1,6 @@
 """Mistral for Hugging Face Transformers: importing this package registers it for ``model_type: "mistral"``."""
 
+from .bundled import BUNDLED_CHECKPOINT
 from .cache import RollingCache
 from .configuration_mistral import MistralConfig
 from .modeling_mistral import (
@@ -13,6 +14,7 @@ from .modeling_mistral import (
 from .registration import register, unregister
 
 __all__ = [
+    "BUNDLED_CHECKPOINT",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralForQuestionAnswering",

@@ -113,21 +113,18 @@ def make_mask(
         None, a boolean tensor ``[B or 1, 1, S, T]``, a `BandMask` for a long input, or what the library's mask function
         for `implementation` makes.
     """
-    batch, length = hidden_states.shape[:2]
+    length = hidden_states.shape[1]
     if implementation not in ("eager", "sdpa"):
-        return _library_mask(
-            implementation, hidden_states, layout, window, padding, segments, **library_arguments
-        )
-    if padding is None and segments is None and _needs_no_mask(layout, length, window, implementation):
+        return _library_mask(implementation, hidden_states, layout, window, padding, segments, **library_arguments)
+    exporting = torch.compiler.is_exporting()  # an exported program serves all lengths with one dense mask
+    unmasked = padding is None and segments is None
+    if unmasked and not exporting and _needs_no_mask(layout, length, window, implementation):
         return None
-    if length > BLOCK and layout.slots == 0 and isinstance(layout.query_start, int) and not weights_wanted:
-        end = layout.key_start + layout.length
-        return BandMask(
-            window,
-            layout.query_start - layout.key_start,
-            None if padding is None else padding[:, layout.key_start : end],
-            segments,
-        )
+    start = layout.query_start
+    if length > BLOCK and layout.slots == 0 and isinstance(start, int) and not (exporting or weights_wanted):
+        if padding is not None:
+            padding = padding[:, layout.key_start : layout.key_start + layout.length]
+        return BandMask(window, start - layout.key_start, padding, segments)
     keys = layout.indices(length, hidden_states.device)
     queries = torch.arange(length, device=hidden_states.device)[:, None] + layout.query_start
     mask = visible(queries, keys, window)[None, None]
@@ -252,7 +249,9 @@ def sdpa_attention_forward(
     return _sdpa(query, key, value, attention_mask, scaling, dropout), None
 
 
-def _blocks(query: Tensor, key: Tensor, value: Tensor, mask: BandMask) -> Iterator[tuple[Tensor, ...]]:
+def _blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: BandMask
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Blocks of queries, each with its band of keys and values and its mask.
 
     Slicing keys under autograd would make every block's backward as long as the whole input. So where gradients are
@@ -283,15 +282,13 @@ def _eager(
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
     output = weights.view(batch, kv_heads, -1, total) @ value  # [B, K, G*S, D]
     return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
 
 
-def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
-) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     causal = mask is None and length > 1

@@ -132,13 +132,13 @@ class RollingLayer(CacheLayerMixin):
         length = self.cumulative_length - count
         if count < 0 or length < 0:
             raise ValueError(
-                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero or the"
-                " negative number of tokens to remove, at most as many as are stored."
+                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero or"
+                " the negative number of tokens to remove, at most as many as are stored."
             )
         if self.oldest > self._first_visible(length):
             raise ValueError(
-                f"crop({tokens_to_remove}) cannot be undone: position {self._first_visible(length)} is needed again, but"
-                f" a buffer of {self.slots} slots holds no position before {self.oldest} any more. Call"
+                f"crop({tokens_to_remove}) cannot be undone: position {self._first_visible(length)} is needed again,"
+                f" but a buffer of {self.slots} slots holds no position before {self.oldest} any more. Call"
                 " activate_past_recording() before the tokens that may be removed are processed, and remove at most"
                 f" {MAX_SLACK} of them at a time."
             )
@@ -235,8 +235,8 @@ class RollingLayer(CacheLayerMixin):
     def _check_batch(self, key_states: Tensor) -> None:
         if self.cumulative_length and self.keys.shape[0] != key_states.shape[0]:
             raise ValueError(
-                f"The cache holds {self.keys.shape[0]} sequences, but {key_states.shape[0]} came in. Pass the batch that"
-                " the cache was filled with, use batch_select_indices or batch_repeat_interleave, or a new cache."
+                f"The cache holds {self.keys.shape[0]} sequences, but {key_states.shape[0]} came in. Pass the batch"
+                " that the cache was filled with, use batch_select_indices or batch_repeat_interleave, or a new cache."
             )
 
 
@@ -258,8 +258,8 @@ class StaticRollingLayer(CacheLayerMixin):
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
+        self.max_cache_len = min(max_cache_len, sliding_window or max_cache_len)
         self.wraps = sliding_window is not None and sliding_window <= max_cache_len
-        self.max_cache_len = sliding_window if self.wraps else max_cache_len
         self.cumulative_length = torch.zeros((), dtype=torch.long)
         self.is_fresh = True
 

@@ -8,8 +8,11 @@ from transformers.modeling_rope_utils import RopeParameters
 
 # The activations that Transformers knows by name (transformers.activations needs torch, this file must not).
 ACTIVATIONS = frozenset(
-    "gelu gelu_10 gelu_accurate gelu_fast gelu_new gelu_python gelu_python_tanh gelu_pytorch_tanh hardswish laplace leaky_relu"
-    " linear mish prelu quick_gelu relu relu2 relu6 sigmoid silu sqrtsoftplus swish tanh xielu".split()
+    {
+        *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+        *("gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu"),
+        *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
+    }
 )
 
 
@@ -94,16 +97,17 @@ class MistralConfig(PreTrainedConfig):
         Raises:
             ValueError: A field breaks a rule; the message names the field, the value and the rule.
         """
+        heads, kv_heads, head_dim = self.num_attention_heads, self.num_key_value_heads or 0, self.head_dim or 0
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         self._require("num_hidden_layers", self.num_hidden_layers >= 0, "must not be negative")
         self._require("max_position_embeddings", self.max_position_embeddings >= 1, "must be at least 1")
         self._require(
             "num_attention_heads",
-            self.num_attention_heads % self.num_key_value_heads == 0,
-            f"must be divisible by num_key_value_heads={self.num_key_value_heads}",
+            heads % kv_heads == 0,
+            f"must be divisible by num_key_value_heads={kv_heads}",
         )
-        self._require("head_dim", self.head_dim >= 2 and self.head_dim % 2 == 0, "must be even and at least 2 (RoPE)")
+        self._require("head_dim", head_dim >= 2 and head_dim % 2 == 0, "must be even and at least 2 (RoPE)")
         self._require(
             "sliding_window",
             self.sliding_window is None or self.sliding_window >= 1,
@@ -123,7 +127,7 @@ class MistralConfig(PreTrainedConfig):
         expected = "full_attention" if self.sliding_window is None else "sliding_attention"
         if layer_types is not None and any(layer_type != expected for layer_type in layer_types):
             raise ValueError(
-                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, as every layer of a Mistral model"
-                f" has the one sliding_window={self.sliding_window}. Alternating layers are the Ministral architecture:"
-                " load such a checkpoint through AutoModel, or set model_type to 'ministral'."
+                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, as every layer of a Mistral"
+                f" model has the one sliding_window={self.sliding_window}. Alternating layers are the Ministral"
+                " architecture: load such a checkpoint through AutoModel, or set model_type to 'ministral'."
             )

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.configuration_utils import PreTrainedConfig
 
 IGNORE_INDEX = -100
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def sequence_classification_loss(
@@ -35,11 +36,13 @@ def sequence_classification_loss(
         A scalar: mean squared error, cross-entropy or binary cross-entropy.
 
     Raises:
-        ValueError: The labels do not fit the problem type.
+        ValueError: The problem type is unknown, or the labels do not fit it.
     """
     labels = labels.to(pooled_logits.device)
     problem = config.problem_type or _problem_type(labels, config.num_labels)
     reduction = "mean" if num_items_in_batch is None else "sum"
+    if problem not in PROBLEM_TYPES:
+        raise ValueError(f"config.problem_type={problem!r} must be one of {', '.join(PROBLEM_TYPES)}, or None.")
     if problem == "single_label_classification":
         check_labels(labels, config.num_labels)
         loss = F.cross_entropy(pooled_logits, labels.view(-1), ignore_index=IGNORE_INDEX, reduction=reduction)
@@ -90,4 +93,5 @@ def check_range(name: str, ids: Tensor, count: int, meaning: str, exempt: Tensor
         torch._assert_async(~wrong.any(), f"{name} must lie in [0, {count}): {meaning}")
     elif wrong.any():
         place = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(f"{name}[{', '.join(map(str, place))}] = {ids[place].item()}, but must lie in [0, {count}): {meaning}.")
+        value, where = ids[place].item(), ", ".join(map(str, place))
+        raise ValueError(f"{name}[{where}] = {value}, but must lie in [0, {count}): {meaning}.")

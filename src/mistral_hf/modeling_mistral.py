@@ -4,7 +4,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,6 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,7 +30,7 @@ from .cache import RollingCache
 from .configuration_mistral import MistralConfig
 from .losses import check_labels, check_range, sequence_classification_loss
 
-logger = logging.get_logger(__name__)
+HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
 
 class MistralPreTrainedModel(PreTrainedModel):
@@ -41,22 +40,51 @@ class MistralPreTrainedModel(PreTrainedModel):
     config_class = MistralConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["MistralDecoderLayer"]  # noqa: RUF012 - a class attribute of the library's contract
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["MistralDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config: MistralConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
+        super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load a checkpoint as the library does, and refuse one that does not hold this model.
+
+        Raises:
+            ValueError: Weights of the decoder are missing, or the checkpoint has weights that no Mistral model has.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if "num_hidden_layers" not in kwargs and getattr(model, "hf_quantizer", None) is None:
+            _require_same_weights(args[0] if args else "the state dict", info)
+        return (model, info) if output_loading_info else model
+
+
+def _require_same_weights(source: Any, info: dict[str, Any]) -> None:
+    """Heads may be new, or be left out; the decoder's own weights must all be there and be known."""
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(HEADS))
+    unknown = sorted(key for key in info["unexpected_keys"] if not (key.startswith(HEADS) or "rotary_emb" in key))
+    for keys, problem in ((missing, "lacks"), (unknown, "has unknown")):
+        if keys:
+            raise ValueError(
+                f"The checkpoint {str(source)!r} {problem} {len(keys)} weights of a Mistral decoder, the first of them"
+                f" {', '.join(keys[:3])}. Its config.json and its weights do not belong together: get both again from"
+                " where they came from, or convert raw Mistral weights first."
+            )
+
 
 class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
     """The language model: a `MistralModel` and an output layer over the vocabulary."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
@@ -151,7 +179,8 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             self._previous_max_cache_length = capacity
         cache = RollingCache(self.config, max_cache_len=capacity, offloading=kind is not None and "offloaded" in kind)
         if capacity is not None and generation_config.prefill_chunk_size is not None:
-            self._allocate_now(cache, batch_size * max(generation_config.num_beams, generation_config.num_return_sequences))
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            self._allocate_now(cache, rows)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -159,9 +188,9 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
 
     def _allocate_now(self, cache: RollingCache, batch_size: int) -> None:
         """Allocate a static cache before a compiled prefill, whose graph cannot do it."""
-        attention = self.model.layers[0].self_attn
-        heads = attention.k_proj.weight.shape[0] // attention.head_dim
-        cache.early_initialization(batch_size, heads, attention.head_dim, self.dtype, self.device)
+        head_dim = _head_shape(self.config)[2]
+        heads = self.get_submodule("model.layers.0.self_attn.k_proj").out_features // head_dim
+        cache.early_initialization(batch_size, heads, head_dim, self.dtype, self.device)
 
 
 class MistralForSequenceClassification(MistralPreTrainedModel):
@@ -227,7 +256,9 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor) -> Tensor:
+    def _last_real_token(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden_states: Tensor
+    ) -> Tensor:
         """Place of the last real token of every row, ``[B]``."""
         batch, length = hidden_states.shape[:2]
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -253,7 +284,8 @@ class MistralForTokenClassification(MistralPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = MistralModel(config)
         self.dropout = nn.Dropout(_first_set(config, "classifier_dropout", "hidden_dropout", default=0.1))
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=getattr(config, "token_classification_bias", True))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
         self.post_init()
 
     @can_return_tuple
@@ -346,6 +378,9 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
+            length = start_logits.shape[1]  # the loss function ignores this place and what lies behind it
+            start_positions = start_positions.masked_fill(start_positions < 0, length)
+            end_positions = end_positions.masked_fill(end_positions < 0, length)
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -386,15 +421,15 @@ class MistralAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        heads, kv_heads, self.head_dim = _head_shape(config)
+        self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -439,6 +474,11 @@ class MistralAttention(nn.Module):
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
 
+def _head_shape(config: MistralConfig) -> tuple[int, int, int]:
+    """H, K and D; a validated configuration has all three."""
+    return config.num_attention_heads, cast(int, config.num_key_value_heads), cast(int, config.head_dim)
+
+
 class MistralMLP(nn.Module):
     """The gated feed-forward layer: ``down(act(gate(x)) * up(x))``."""
 
@@ -478,12 +518,13 @@ class MistralRotaryEmbedding(nn.Module):
     """
 
     inv_freq: Tensor
+    attention_scaling: float
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__()
         self.config = config
         self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type: str = cast(dict[str, Any], config.rope_parameters)["rope_type"]
         default = self.rope_type == "default"
         initialize = self.compute_default_rope_parameters if default else ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = initialize(config)
@@ -493,8 +534,9 @@ class MistralRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: MistralConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """Inverse frequencies ``theta ** (-2i / D)``, ``[D/2]`` in float32, and a factor of 1 for cos and sin."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+        head_dim = _head_shape(config)[2]
+        theta: float = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
+        return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -569,8 +611,7 @@ class MistralModel(MistralPreTrainedModel):
                 f"Pass exactly one of input_ids and inputs_embeds, not {'neither' if input_ids is None else 'both'}."
             )
         if inputs_embeds is None:
-            self._check_ids(input_ids)
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_tokens(self._checked(cast(Tensor, input_ids)))
         if use_cache and past_key_values is None:
             past_key_values = RollingCache(self.config)
         mask = self.attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs)
@@ -614,16 +655,19 @@ class MistralModel(MistralPreTrainedModel):
             inputs_embeds,
             layout,
             self.config.sliding_window,
-            padding=_real_tokens(attention_mask, layout.query_start, length, inputs_embeds.device),
+            padding=_real_tokens(attention_mask, layout.query_start, inputs_embeds),
             segments=segments,
             weights_wanted=self.config.output_attentions if wanted is None else wanted,
             config=self.config,
         )
 
-    def _check_ids(self, input_ids: Tensor) -> None:
+    def _checked(self, input_ids: Tensor) -> Tensor:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens].")
         if input_ids.device.type == "cpu" or input_ids.shape[1] > 1:
             meaning = "token ids of the model's vocabulary; use the model's own tokenizer, or resize_token_embeddings"
             check_range("input_ids", input_ids, self.embed_tokens.num_embeddings, meaning)
+        return input_ids
 
 
 def _key_layout(cache: Cache | None, length: int) -> KeyLayout:
@@ -638,12 +682,16 @@ def _key_layout(cache: Cache | None, length: int) -> KeyLayout:
     return KeyLayout(query_start, key_start, total, slots)
 
 
-def _real_tokens(attention_mask: Tensor | None, start: Any, length: int, device: torch.device) -> Tensor | None:
+def _real_tokens(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -> Tensor | None:
     """The boolean form of a 2-d mask, or None if it masks nothing."""
     if attention_mask is None:
         return None
-    if attention_mask.ndim != 2:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; it must have 2 or 4 dimensions.")
+    (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; for a batch of {batch} sequences it must be"
+            f" [{batch}, tokens], or have 4 dimensions."
+        )
     covered = attention_mask.shape[1]
     if isinstance(start, int) and covered != start + length:
         raise ValueError(
@@ -657,13 +705,14 @@ def _real_tokens(attention_mask: Tensor | None, start: Any, length: int, device:
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
-    """Positions of the new tokens, ``[B or 1, S]``: counted by row, from the first real token."""
-    length = inputs_embeds.shape[1]
+    """Positions of the new tokens, ``[B or 1, S]``: a row's first real token has position 0."""
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        counted = attention_mask.to(inputs_embeds.device).ne(0).cumsum(dim=-1) - 1
-        return counted[:, -length:].clamp(min=0)
+        before = attention_mask.to(device).ne(0).int().argmax(dim=-1, keepdim=True)
+        start = attention_mask.shape[1] - length
+        return (torch.arange(start, start + length, device=device) - before).clamp(min=0)
     start = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(length, device=inputs_embeds.device) + start)[None]
+    return (torch.arange(length, device=device) + start)[None]
 
 
 def _packed_segments(position_ids: Tensor, batch: int) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Side-by-side measurements of mistral_hf and the library's own Mistral."""

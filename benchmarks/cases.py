@@ -1,0 +1,122 @@
+"""The named cases, in three groups: what everybody does, what the window is about, and prompts by length."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .harness import Case
+from .workloads import Decoding, Generation, Importing, Loading, Prefill, Shape, Training
+
+EVERYDAY = (
+    Generation(
+        name="decode_short",
+        title="generate 32 tokens after a prompt of 64",
+        group="everyday",
+        length=64,
+        tokens=32,
+        repeats=9,
+    ),
+    Prefill(name="prefill_short", title="prompt of 512 tokens", group="everyday", length=512, repeats=9),
+    Prefill(
+        name="prefill_long",
+        title="prompt of 8192 tokens, W=1024",
+        group="everyday",
+        length=8192,
+        window=1024,
+        repeats=2,
+        peak_memory=True,
+    ),
+    Loading(
+        name="load", title="from_pretrained, page cache warm", group="everyday", length=1, repeats=7, peak_memory=True
+    ),
+    Importing(name="import", title="python -c 'import ...', with and without mistral_hf", group="everyday", repeats=3),
+)
+
+LONG_CACHE = Decoding(
+    name="decode_past_window_b1",
+    title="decode, batch 1, past W=4096",
+    group="window",
+    length=4160,
+    window=4096,
+    tokens=16,
+    repeats=9,
+)
+LARGE_BATCH = replace(
+    LONG_CACHE,
+    name="decode_past_window_b8",
+    title="decode, batch 8, past W=4096",
+    batch=8,
+    tokens=6,
+    repeats=7,
+    peak_memory=True,
+)
+WINDOW = (
+    LARGE_BATCH,
+    replace(
+        LARGE_BATCH,
+        name="decode_past_window_b8_bf16",
+        title="decode, batch 8, past W=4096, bfloat16",
+        dtype="bfloat16",
+        peak_memory=False,
+    ),
+    LONG_CACHE,
+    replace(
+        LARGE_BATCH,
+        name="decode_past_window_b8_static",
+        title="decode, batch 8, past W=4096, reference with its static cache",
+        reference_cache="static",
+        peak_memory=False,
+    ),
+    replace(
+        LARGE_BATCH,
+        name="decode_full_b8",
+        title="decode, batch 8, full attention at 4096 tokens",
+        length=4096,
+        window=None,
+    ),
+    replace(
+        LARGE_BATCH,
+        name="generate_past_window_b8",
+        title="generate, batch 8, past W=4096",
+        through="generate",
+        peak_memory=False,
+    ),
+    replace(LONG_CACHE, name="generate_past_window_b1", title="generate, batch 1, past W=4096", through="generate"),
+    Training(
+        name="train_8k",
+        title="training step, 8192 tokens, W=1024",
+        group="window",
+        length=8192,
+        window=1024,
+        shape=Shape(layers=12),
+        repeats=2,
+    ),
+)
+
+LENGTHS = tuple(
+    Prefill(
+        name=f"prefill_{length // 1024}k",
+        title=f"prompt of {length} tokens, W=1024",
+        group="lengths",
+        length=length,
+        window=1024,
+        shape=Shape(layers=4),
+        repeats=repeats,
+        peak_memory=True,
+    )
+    for length, repeats in ((1024, 5), (2048, 5), (4096, 3), (8192, 3), (16384, 2), (32768, 1))
+)
+
+CASES: tuple[Case, ...] = (*EVERYDAY, *WINDOW, *LENGTHS)
+
+
+def select(names: Sequence[str]) -> list[Case]:
+    """The cases of these names or groups, in the order of `CASES`; all of them without names.
+
+    Raises:
+        ValueError: There is no case or group of a name.
+    """
+    known = {case.name for case in CASES} | {case.group for case in CASES}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ValueError(f"No case or group is called {', '.join(unknown)}. There are: {', '.join(sorted(known))}.")
+    return [case for case in CASES if not names or case.name in names or case.group in names]

@@ -1,0 +1,45 @@
+"""Reads prompts much longer than the window in pieces, and shows that the cache's size does not depend on their length.
+
+python examples/stream_long_prompt.py --chunk 256
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mistral_hf import RollingCache
+from mistral_hf.bundled import BUNDLED_CHECKPOINT
+
+
+def bytes_of(cache: RollingCache) -> int:
+    """Bytes of memory behind all keys and values, whatever part of it they show."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
+    parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="a long text to read")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens read at once")
+    parser.add_argument("--max-new-tokens", type=int, default=20)
+    options = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
+    print(f"window: {model.config.sliding_window} tokens; the text: {ids.shape[1]} tokens")
+    for length in (ids.shape[1] // 8, ids.shape[1] // 2, ids.shape[1]):
+        output = model.generate(
+            ids[:, :length],
+            prefill_chunk_size=options.chunk,
+            max_new_tokens=options.max_new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+        )
+        print(f"prompt: {length} tokens; cache: {bytes_of(output.past_key_values)} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The command line: ``mistral-hf generate | info``. What a command needs is imported when it runs."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .bundled import BUNDLED_CHECKPOINT
+
+app = typer.Typer(
+    name="mistral-hf",
+    help="Run Mistral checkpoints through Hugging Face Transformers with mistral_hf.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+PACKAGES = (
+    *("mistral_hf", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "flash-attn"),
+    *("peft", "trl", "mistral-common", "jax", "flax", "tensorflow", "keras"),
+)
+BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+class Dtype(str, Enum):
+    """Number formats of the weights; `auto` is the one that the checkpoint was saved in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Folder or hub id of a checkpoint.", show_default="the bundled checkpoint")
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option(help="Placement, such as auto, cpu or cuda:1.", show_default="the accelerator, or the CPU")
+]
+AttentionOption = Annotated[
+    str | None, typer.Option(help="One of those that `mistral-hf info` lists.", show_default="sdpa")
+]
+FourBitOption = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize to 4 bits (NF4) with bitsandbytes.")]
+SampleOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--do-sample/--greedy", help="Draw tokens at random, or take the likeliest.", show_default="checkpoint's"
+    ),
+]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: ModelOption = str(BUNDLED_CHECKPOINT),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMapOption = None,
+    attn_implementation: AttentionOption = None,
+    load_in_4bit: FourBitOption = False,
+    do_sample: SampleOption = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from that many likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least share of the likeliest's probability.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a beam search, printed at its end.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    prefill_chunk_size: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in pieces of so many tokens.")
+    ] = None,
+) -> None:
+    """Continue PROMPT and print the text as it is made.
+
+    Sampling options imply --do-sample.
+    """
+    options = _generation_options(
+        do_sample,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        num_beams=num_beams,
+        prefill_chunk_size=prefill_chunk_size,
+    )
+    text = sys.stdin.read() if prompt == "-" else prompt
+    loaded, tokenizer = _load(model, dtype, device_map, attn_implementation, load_in_4bit)
+    from transformers import TextStreamer, set_seed
+
+    if seed is not None:
+        set_seed(seed)
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    if inputs.input_ids.shape[1] == 0:
+        raise typer.BadParameter("it has no tokens: write at least one word.", param_hint="PROMPT")
+    streamer = None if (num_beams or 1) > 1 else TextStreamer(tokenizer, skip_special_tokens=True)
+    output = loaded.generate(**inputs, **options, streamer=streamer)
+    if streamer is None:
+        typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _generation_options(do_sample: bool | None, **options: Any) -> dict[str, Any]:
+    """Keywords of `generate`: those that were given, and what they imply."""
+    given = {name: value for name, value in options.items() if value is not None}
+    sampling = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
+    if do_sample is False and sampling:
+        raise typer.BadParameter(f"it contradicts {', '.join(sampling)}: leave one out.", param_hint="--greedy")
+    if do_sample is not None or sampling:
+        given["do_sample"] = do_sample is not False
+    return given
+
+
+def _load(
+    name: str, dtype: Dtype, device_map: str | None, attn_implementation: str | None, load_in_4bit: bool
+) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint; what cannot work ends with a usage error."""
+    _check_folder(name)
+    if device_map is not None:
+        _require("--device-map", "accelerate")
+    if load_in_4bit:
+        _require("--load-in-4bit", "bitsandbytes", "accelerate")
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from .modeling_mistral import MistralForCausalLM
+
+    quantization = None
+    if load_in_4bit:
+        compute_dtype = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype.value,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise typer.BadParameter(f"{name} cannot be loaded: {error}", param_hint="--model") from error
+    if not isinstance(model, MistralForCausalLM):
+        typer.echo(f"Note: {name} is no Mistral; the library's own {type(model).__name__} runs it.", err=True)
+    if device_map is None and not load_in_4bit and torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+    return model.eval(), tokenizer
+
+
+def _check_folder(name: str) -> None:
+    """Tell a missing or incomplete folder from a hub id, which has the form ``name`` or ``owner/name``."""
+    folder = Path(name)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
+            raise typer.BadParameter(
+                f"{folder} has no config.json: name the folder that holds it beside the weights.", param_hint="--model"
+            )
+    elif name.startswith(".") or folder.is_absolute() or len(folder.parts) > 2:
+        raise typer.BadParameter(f"there is no folder {folder}.", param_hint="--model")
+
+
+def _require(option: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise typer.BadParameter(
+            f"it needs {' and '.join(missing)}, not installed here: pip install 'mistral_hf[bnb]' brings it.",
+            param_hint=option,
+        )
+
+
+@app.command()
+def info() -> None:
+    """Show what resolves to what: versions, classes, attention back ends, devices and memory."""
+    from .registration import resolved
+
+    _print_table("Versions", [("python", platform.python_version()), *((name, _version(name)) for name in PACKAGES)])
+    classes = ((name, f"{found.__module__}.{found.__qualname__}") for name, (found, _) in resolved().items())
+    _print_table('Classes for model_type "mistral"', classes)
+    _print_table("Attention back ends", ((name, _backend_state(name)) for name in BACKENDS))
+    _print_table("Devices", _devices())
+    state = str(BUNDLED_CHECKPOINT) if BUNDLED_CHECKPOINT.is_dir() else f"missing: {BUNDLED_CHECKPOINT}"
+    _print_table("Bundled checkpoint", [("tiny-mistral", state)])
+
+
+def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    typer.echo(title)
+    for name, value in rows:
+        typer.echo(f"  {name:<38}{value}")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _backend_state(name: str) -> str:
+    """Whether an attention back end works here: found out by running a model of one layer with it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .configuration_mistral import MistralConfig
+
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    if name == "flex_attention" and device.type == "cpu":  # running it would spend its time in the compiler
+        compiler = os.environ.get("CXX", "g++")
+        return (
+            "usable" if shutil.which(compiler) else f"not usable: it is compiled, but there is no compiler {compiler}"
+        )
+    config = MistralConfig(
+        vocab_size=8,
+        hidden_size=64,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    try:
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16)
+        model.to(device).eval()
+        with torch.inference_mode():
+            model(torch.zeros(1, 2, dtype=torch.long, device=device))
+    except (ImportError, ValueError, RuntimeError) as error:
+        return f"not usable: {error}"
+    return "usable"
+
+
+def _devices() -> Iterable[tuple[str, str]]:
+    import torch
+
+    names = getattr(os, "sysconf_names", {})
+    pages = [os.sysconf(name) if name in names else 0 for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")]
+    memory = _memory(*(count * os.sysconf("SC_PAGE_SIZE") for count in pages)) if all(pages) else "unknown memory"
+    yield "cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {memory}"
+    for index in range(torch.accelerator.device_count()):
+        yield f"{torch.accelerator.current_accelerator()}:{index}", _memory(*torch.accelerator.get_memory_info(index))
+
+
+def _memory(free: int, total: int) -> str:
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

@@ -1,0 +1,203 @@
+"""The command line, in this process and once as a user starts it."""
+
+import json
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import mistral_hf
+from mistral_hf import cli
+from mistral_hf.bundled import BUNDLED_CHECKPOINT
+
+PROMPT = "The captain looked out over the sea and"
+SHORT = ("--max-new-tokens", "12")
+
+
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(cli.app, arguments, input=stdin)
+
+
+def text_of(*arguments, stdin=None):
+    result = run("generate", *arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def reference_text(dtype="auto", **options):
+    tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=dtype)
+    output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12, **options)
+    return tokenizer.decode(output[0], skip_special_tokens=True).strip()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return Path(shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "checkpoint"))
+
+
+def test_greedy_text_of_the_bundled_checkpoint():
+    text = text_of(PROMPT, "--greedy", *SHORT)
+    assert text.startswith(PROMPT)
+    assert len(text) > len(PROMPT)
+    assert text == reference_text(do_sample=False)
+
+
+def test_a_seed_makes_sampling_repeatable():
+    texts = [text_of(PROMPT, "--temperature", "1.5", "--seed", seed, *SHORT) for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    torch.manual_seed(1)
+    assert texts[0] == reference_text(do_sample=True, temperature=1.5)
+
+
+def test_beams_are_printed_at_the_end():
+    assert text_of(PROMPT, "--greedy", "--num-beams", "3", *SHORT) == reference_text(do_sample=False, num_beams=3)
+
+
+def test_prompt_from_standard_input_in_chunks():
+    text = text_of("-", "--greedy", "--prefill-chunk-size", "3", "--dtype", "float32", *SHORT, stdin=PROMPT)
+    assert text == reference_text("float32", do_sample=False)
+
+
+def test_options_reach_generate(monkeypatch):
+    received = {}
+    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", lambda model, **options: received.update(options))
+    values = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "num_beams": 1,
+        "prefill_chunk_size": 7,
+        "max_new_tokens": 5,
+    }
+    arguments = [text for name, value in values.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert run("generate", PROMPT, *arguments).exit_code == 0
+    assert {**values, "do_sample": True}.items() <= received.items()
+
+
+def test_what_sampling_options_imply():
+    assert cli._generation_options(None, min_p=0.1, num_beams=None) == {"min_p": 0.1, "do_sample": True}
+    assert cli._generation_options(True, num_beams=None) == {"do_sample": True}
+    assert cli._generation_options(False, max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
+    assert cli._generation_options(None, repetition_penalty=1.1) == {"repetition_penalty": 1.1}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
+def test_dtype_and_attention(name, expected):
+    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype(name), None, "eager", False)
+    assert (model.dtype, model.config._attn_implementation, model.training) == (expected, "eager", False)
+
+
+def test_four_bits():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype.float32, "cpu", None, True)
+    projection = model.model.layers[0].mlp.up_proj
+    assert isinstance(projection, bitsandbytes.nn.Linear4bit)
+    assert (projection.weight.quant_type, projection.compute_dtype) == ("nf4", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("option", "missing", "remedy"),
+    [
+        (("--load-in-4bit",), "bitsandbytes", "pip install 'mistral_hf[bnb]'"),
+        (("--device-map", "auto"), "accelerate", "pip install 'mistral_hf[bnb]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch, option, missing, remedy):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    result = run("generate", PROMPT, *option)
+    assert result.exit_code == 2
+    assert missing in result.stderr
+    assert remedy in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "./nowhere"), "there is no folder nowhere"),
+        (("--model", "a/b/c"), "there is no folder a/b/c"),
+        (("--model", str(Path(__file__).parent)), "has no config.json"),
+        (("--dtype", "float8"), "'float8' is not one of"),
+        (("--greedy", "--top-p", "0.9", "--min-p", "0.1"), "--greedy: it contradicts --top-p, --min-p"),
+        (("--max-new-tokens", "0"), "--max-new-tokens"),
+        (("--temperature", "0"), "--temperature"),
+        (("--attn-implementation", "nothing"), "nothing"),
+    ],
+)
+def test_bad_options_are_usage_errors(arguments, message):
+    result = run("generate", PROMPT, *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"\x10"), ("config.json", b"{}")])
+def test_a_damaged_checkpoint_is_a_usage_error(folder, file, content):
+    (folder / file).write_bytes(content)
+    result = run("generate", PROMPT, "--model", str(folder))
+    assert result.exit_code == 2
+    assert f"{folder} cannot be loaded" in result.stderr
+
+
+def test_a_prompt_without_tokens_is_a_usage_error(folder):
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"] = None
+    file.write_text(json.dumps(tokenizer))
+    result = run("generate", "", "--model", str(folder))
+    assert result.exit_code == 2
+    assert "has no tokens" in result.stderr
+
+
+def test_another_architecture_is_noted(folder):
+    vocabulary = AutoTokenizer.from_pretrained(folder).vocab_size
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    result = run("generate", PROMPT, "--model", str(folder), *SHORT)
+    assert result.exit_code == 0
+    assert "LlamaForCausalLM" in result.stderr
+
+
+def test_info_tells_what_resolves_to_what():
+    lines = run("info").stdout.splitlines()
+    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
+    assert shown["mistral_hf"] == mistral_hf.__version__
+    assert shown["torch"] == torch.__version__
+    assert shown["AutoModelForCausalLM"] == "mistral_hf.modeling_mistral.MistralForCausalLM"
+    assert shown["eager"] == shown["sdpa"] == "usable"
+    assert f"{torch.get_num_threads()} threads" in shown["cpu"]
+    assert shown["tiny-mistral"] == str(BUNDLED_CHECKPOINT)
+    if shown["flash-attn"] == "not installed":
+        assert "not usable: FlashAttention2" in shown["flash_attention_2"]
+
+
+def test_info_after_unregister(registered):
+    mistral_hf.unregister()
+    assert "transformers.models.mistral.modeling_mistral.MistralForCausalLM" in run("info").stdout
+
+
+def test_info_without_a_compiler_or_a_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(cli, "BUNDLED_CHECKPOINT", tmp_path / "gone")
+    output = run("info").stdout
+    assert "there is no compiler" in output
+    assert f"missing: {tmp_path / 'gone'}" in output
+
+
+def test_the_installed_command():
+    command = Path(sysconfig.get_path("scripts")) / "mistral-hf"
+    result = subprocess.run(
+        [command, "generate", PROMPT, "--greedy", *SHORT], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == reference_text(do_sample=False)

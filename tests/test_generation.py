@@ -1,0 +1,304 @@
+"""What `generate` writes: the library's own words, by every way of decoding, from every cache."""
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockForCausalLM
+
+import reference
+from mistral_hf import MistralForCausalLM, RollingCache
+
+FREE = {"do_sample": False, "eos_token_id": None}
+WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+
+
+def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: Any) -> Tensor:
+    return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **{**FREE, **options})
+
+
+@pytest.mark.parametrize(("window", "implementation"), [(None, "sdpa"), (8, "sdpa"), (8, "eager"), (40, "sdpa")])
+def test_greedy_is_identical_over_256_tokens(
+    window: int | None, implementation: str, make_pair: Any, padded: Any
+) -> None:
+    """Through many turns of the window, rows padded differently."""
+    pair = make_pair("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
+    inputs = padded(21, 1, 9, 13)
+    ours, stock = (generate(model, inputs, 256) for model in pair)
+    assert ours.shape == (4, 21 + 256)
+    assert torch.equal(ours, stock)
+    assert len(ours[:, 21:].unique()) > 20, "a text of few words proves little"
+
+
+@IMPLEMENTATIONS
+@WINDOWS
+def test_greedy_matches_the_uncached_oracle(
+    window: int | None, implementation: str, make_model: Any, padded: Any
+) -> None:
+    """Window 1 too, where the library's sliding layer keeps every key."""
+    model = make_model("ForCausalLM", implementation, sliding_window=window)
+    inputs = padded(11, 4)
+    expected = reference.greedy(model.state_dict(), model.config, inputs["input_ids"], 20, inputs["attention_mask"])
+    assert torch.equal(generate(model, inputs, 20), expected)
+    assert torch.equal(generate(model, inputs, 20, use_cache=False), expected)
+
+
+def test_padding_does_not_change_the_text(make_model: Any, padded: Any) -> None:
+    model = make_model()
+    inputs = padded(21, 1, 9)
+    together = generate(model, inputs)
+    for row, length in enumerate((21, 1, 9)):
+        ids = inputs["input_ids"][row : row + 1, 21 - length :]
+        alone = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert torch.equal(together[row, 21:], alone[0, length:])
+
+
+def test_prompts_longer_than_a_block_of_queries(make_pair: Any, padded: Any) -> None:
+    ours, stock = (generate(model, padded(700, 650)) for model in make_pair(sliding_window=100))
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"num_beams": 2, "do_sample": True},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_ways_of_decoding(options: dict[str, Any], make_pair: Any, padded: Any) -> None:
+    texts = []
+    for model in make_pair():
+        torch.manual_seed(5)
+        texts.append(generate(model, padded(11, 4), **options))
+    assert torch.equal(*texts)
+
+
+def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
+    """The most frequent next token ends the text: rows end at different steps and are padded."""
+    pair, inputs = make_pair(), padded(11, 4, 7)
+    free = generate(pair.ours, inputs)[:, 11:]
+    end = free[0, 9].item()
+    ours, stock = (m.generate(**inputs, max_new_tokens=30, do_sample=False, eos_token_id=end) for m in pair)
+    assert torch.equal(ours, stock)
+    assert (ours[0, 11:] == end).nonzero()[0] <= 9
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_assisted_decoding(window: int | None, make_pair: Any, token_ids: Any) -> None:
+    """With an assistant that guesses well (the model itself), and one that is mostly wrong."""
+    pair = make_pair(sliding_window=window)
+    wrong = make_pair(sliding_window=window, num_hidden_layers=1)
+    inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
+    expected = generate(pair.ours, inputs, 24)
+    for assistant in (pair.ours, wrong.ours, wrong.stock):
+        assert torch.equal(generate(pair.ours, inputs, 24, assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_prompt_lookup(window: int | None, make_model: Any, token_ids: Any) -> None:
+    model = make_model(sliding_window=window)
+    ids = token_ids(1, 4).repeat(1, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = generate(model, inputs, 24)
+    assert torch.equal(generate(model, inputs, 24, prompt_lookup_num_tokens=3), expected)
+
+
+def test_assisting_the_librarys_own_model(make_pair: Any, token_ids: Any) -> None:
+    pair = make_pair()
+    inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
+    text = generate(pair.stock, inputs, 24, assistant_model=pair.ours)
+    assert torch.equal(text, generate(pair.ours, inputs, 24))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_from_embeddings(window: int | None, make_pair: Any, padded: Any) -> None:
+    pair, inputs = make_pair(sliding_window=window), padded(11, 4)
+    expected = generate(pair.ours, inputs)[:, 11:]
+    embeds = pair.ours.get_input_embeddings()(inputs["input_ids"])
+    assert torch.equal(
+        generate(pair.ours, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("cache", "window", "implementation"),
+    [("dynamic", 8, "sdpa"), *(("static", window, "sdpa") for window in (None, 1, 2, 8)), ("static", 8, "eager")],
+)
+def test_cache_implementations(
+    cache: str, window: int | None, implementation: str, make_model: Any, padded: Any
+) -> None:
+    model = make_model("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
+    inputs = padded(11, 4)
+    expected = reference.greedy(model.state_dict(), model.config, inputs["input_ids"], 20, inputs["attention_mask"])
+    assert torch.equal(generate(model, inputs, cache_implementation=cache), expected)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_beams_in_a_static_cache(window: int | None, make_model: Any, padded: Any) -> None:
+    model, inputs = make_model(sliding_window=window), padded(11, 4)
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    expected = generate(model, inputs, **beams)
+    assert torch.equal(generate(model, inputs, cache_implementation="static", **beams), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves layers from and to an accelerator")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(cache: str, make_model: Any, padded: Any) -> None:
+    model = make_model().to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in padded(11, 4).items()}
+    assert torch.equal(generate(model, inputs, cache_implementation=cache), generate(model, inputs, use_cache=False))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("kind", ["dynamic", "dynamic without configuration", "static", "rolling", "static rolling"])
+def test_caches_of_the_user(kind: str, window: int | None, make_model: Any, padded: Any) -> None:
+    model = make_model(sliding_window=window)
+    inputs = padded(11, 4)
+    cache = {
+        "dynamic": lambda: DynamicCache(config=model.config),
+        "dynamic without configuration": DynamicCache,
+        "static": lambda: StaticCache(config=model.config, max_cache_len=64),
+        "rolling": lambda: RollingCache(model.config),
+        "static rolling": lambda: RollingCache(model.config, max_cache_len=64),
+    }[kind]()
+    expected = reference.greedy(model.state_dict(), model.config, inputs["input_ids"], 20, inputs["attention_mask"])
+    output = generate(model, inputs, 20, past_key_values=cache, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert output.past_key_values is cache
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_quantized_caches(backend: str, make_pair: Any, padded: Any) -> None:
+    module = {"quanto": "optimum", "hqq": "hqq", "fp8": "torch"}[backend]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+    pair, inputs = make_pair(sliding_window=None), padded(11, 4)
+    by_name = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    ours, stock = (generate(model, inputs, **by_name) for model in pair)
+    assert torch.equal(ours, stock)
+    cache = QuantizedCache(backend, pair.ours.config)
+    assert torch.equal(generate(pair.ours, inputs, past_key_values=cache), ours)
+
+
+@pytest.mark.parametrize(("chunk", "window"), [(1, 8), (3, None), (3, 1), (3, 2), (3, 8), (8, 8), (50, 8)])
+def test_prompt_in_chunks(chunk: int, window: int | None, make_model: Any, padded: Any) -> None:
+    model = make_model(sliding_window=window)
+    inputs = padded(19, 12)
+    expected = generate(model, inputs, 12, use_cache=False)
+    assert torch.equal(generate(model, inputs, 12, prefill_chunk_size=chunk), expected)
+
+
+@WINDOWS
+def test_a_conversation_goes_on_from_its_cache(window: int | None, make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(sliding_window=window), token_ids(2, 9)
+    cache = None
+    for turn in range(3):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        output = generate(model, inputs, 10, past_key_values=cache, return_dict_in_generate=True)
+        assert torch.equal(output.sequences, generate(model, inputs, 10, use_cache=False))
+        cache = output.past_key_values
+        ids = torch.cat([output.sequences, token_ids(2, 5, seed=turn)], dim=1)
+        assert isinstance(cache, RollingCache)
+
+
+def test_a_cache_can_be_reset_for_another_text(make_model: Any, padded: Any) -> None:
+    model, inputs = make_model(), padded(11, 4)
+    expected = generate(model, inputs)
+    cache = RollingCache(model.config)
+    generate(model, padded(30, 20), past_key_values=cache)
+    cache.reset()
+    assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
+
+
+def test_scores_and_logits(make_pair: Any, padded: Any) -> None:
+    options = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+    ours, stock = (generate(model, padded(11, 4), 20, **options) for model in make_pair())
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), rtol=1e-5, atol=2e-5)
+    assert len(ours.scores) == 20
+
+
+def test_attentions_and_hidden_states(make_pair: Any, padded: Any) -> None:
+    """Of every step; the keys of a wrapped window are in slot order, so only the sums of weights are comparable."""
+    options = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
+    pair = make_pair("ForCausalLM", "eager", sliding_window=None)
+    ours, stock = (generate(model, padded(11, 4), 12, **options) for model in pair)
+    for mine, theirs in zip(ours.attentions[1:], stock.attentions[1:], strict=True):
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(ours.hidden_states[1:], stock.hidden_states[1:], strict=True):
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_runs_past_the_window(dtype: torch.dtype, make_model: Any, padded: Any) -> None:
+    text = generate(make_model().to(dtype), padded(11, 4), 20)
+    assert text.shape == (2, 31)
+
+
+def test_memory_is_that_of_the_window(make_model: Any, token_ids: Any) -> None:
+    model = make_model()
+    cache = RollingCache(model.config)
+    generate(model, {"input_ids": token_ids(1, 500)}, 20, past_key_values=cache)
+    assert {layer.keys.untyped_storage().nbytes() for layer in cache.layers} == {2 * 8 * 12 * 4}
+    assert cache.get_seq_length() == 519
+
+
+def test_continuous_batching(make_model: Any) -> None:
+    model = make_model()
+    prompts = [[5, 6, 7, 8], [9] * 13, [3, 4]]
+    config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    written = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        alone = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 20)
+        assert written[tuple(prompt)] == alone[0, len(prompt) :].tolist()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_loaded_models_generate(checkpoint: Any, make_model: Any, padded: Any) -> None:
+    expected = generate(make_model(), padded(11, 4))
+    for loaded in (MistralForCausalLM, StockForCausalLM):
+        assert torch.equal(generate(loaded.from_pretrained(checkpoint), padded(11, 4)), expected)
+
+
+def test_text_generation_pipeline(make_pair: Any, tokenizer: Any) -> None:
+    pair = make_pair(vocab_size=len(tokenizer))
+    texts = ["in the beginning", "the quick"]
+    results = []
+    for model in pair:
+        write = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+        results.append(write(texts, max_new_tokens=12, do_sample=False, batch_size=2))
+    assert results[0] == results[1]
+    assert results[0][0][0]["generated_text"].startswith(texts[0])
+
+
+def test_text_classification_pipeline(make_pair: Any, tokenizer: Any) -> None:
+    pair = make_pair("ForSequenceClassification", vocab_size=len(tokenizer), num_labels=3)
+    texts = ["in the beginning", "the quick brown fox jumps"]
+    ours, stock = (
+        pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(texts, batch_size=2, top_k=None)
+        for model in pair
+    )
+    for mine, theirs in zip(ours, stock, strict=True):
+        assert [entry["label"] for entry in mine] == [entry["label"] for entry in theirs]
+        assert [entry["score"] for entry in mine] == pytest.approx([entry["score"] for entry in theirs], abs=1e-5)
+
+
+def test_token_classification_pipeline(make_pair: Any, tokenizer: Any) -> None:
+    pair = make_pair("ForTokenClassification", vocab_size=len(tokenizer), num_labels=3)
+    ours, stock = (
+        pipeline("token-classification", model=model, tokenizer=tokenizer, device="cpu")("the quick brown fox")
+        for model in pair
+    )
+    assert [entry["entity"] for entry in ours] == [entry["entity"] for entry in stock]
+    assert [entry["score"] for entry in ours] == pytest.approx([entry["score"] for entry in stock], abs=1e-5)
