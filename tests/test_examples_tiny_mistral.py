@@ -6,6 +6,7 @@ import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +253,7 @@ def test_every_parameter_is_updated_by_exactly_one_part() -> None:
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = torch.randint(4, 420, (20, TOY.length), generator=torch.Generator().manual_seed(0))
     expected, clock = train.train(blocks, TOY, tmp_path / "whole")
-    assert clock.wall > 0
-    assert clock.processor > 0
+    assert min(clock.wall, clock.processor) > 0
     step = MuonAdamW.step
     calls = iter(range(5))
 
@@ -262,11 +262,13 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path: Path, mo
             raise KeyboardInterrupt
         return step(self, closure)
 
+    monkeypatch.setattr(train, "monotonic", count().__next__)
     monkeypatch.setattr(MuonAdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.train(blocks, TOY, tmp_path / "parts")
-    monkeypatch.undo()
-    actual, _ = train.train(blocks, TOY, tmp_path / "parts")
+    monkeypatch.setattr(MuonAdamW, "step", step)
+    actual, clock = train.train(blocks, TOY, tmp_path / "parts")
+    assert clock.wall == TOY.steps
     for name, weight in expected.state_dict().items():
         torch.testing.assert_close(actual.state_dict()[name], weight, rtol=0, atol=0, msg=name)
 
@@ -277,10 +279,14 @@ def test_the_stable_phase_does_not_depend_on_the_number_of_steps(tmp_path: Path)
     for steps in (4, 6):
         work_dir = tmp_path / str(steps)
         train.train(blocks, replace(TOY, steps=steps), work_dir)
-        state = json.loads((work_dir / f"checkpoints/checkpoint-{steps}/trainer_state.json").read_text())
+        (state_file,) = work_dir.glob(f"*/checkpoint-{steps}/trainer_state.json")
+        state = json.loads(state_file.read_text())
         rates.append([entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry])
-    assert rates[0][:2] == rates[1][:2]
-    assert rates[1][-1] < 0.5 * max(rates[1])
+    peak = TOY.learning_rate
+    last = pytest.approx(peak * (1 - 0.5**0.5), rel=1e-3)
+    assert rates == [[0, peak, peak, last], [0, peak, peak, peak, peak, last]]
+    with pytest.raises(ValueError, match="checkpoint-6 is already beyond 4 steps"):
+        train.train(blocks, replace(TOY, steps=4), tmp_path / "6")
 
 
 def test_finished_folder_is_complete(folder: Path, toy_corpus: list[SourceText]) -> None:

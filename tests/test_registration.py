@@ -213,7 +213,8 @@ CORE: dict[str, set[str]] = {
     "attention": set(),
     "cache": set(),
     "losses": set(),
-    "modeling_mistral": {"configuration_mistral", "attention", "cache", "losses"},
+    "weight_layout": set(),
+    "modeling_mistral": {"configuration_mistral", "attention", "cache", "losses", "weight_layout"},
     "registration": {"configuration_mistral", "modeling_mistral"},
 }
 ROOMS = {

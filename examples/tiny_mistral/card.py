@@ -123,11 +123,11 @@ documents.
 
 `python examples/tiny_mistral/train.py` reproduces this folder, as far as another machine's arithmetic allows.
 
-- {settings.steps:,} steps of {settings.batch_size} blocks of {length} tokens: {tokens} million tokens, {epochs} times the
-  {corpus_tokens} million of the training text
+- {settings.steps:,} steps of {settings.batch_size} blocks of {length} tokens: {tokens} million tokens, {epochs} times
+  the {corpus_tokens} million of the training text
 - Muon for the hidden matrices, AdamW for the rest, weight decay 0.1, gradient norm clipped at 1, seed {settings.seed}
-- learning rate {settings.learning_rate:g} after {settings.warmup_steps} steps of linear warm-up; over the last {settings.decay_steps:,} steps it decays to zero as
-  one minus a square root
+- learning rate {settings.learning_rate:g} after {settings.warmup_steps} steps of linear warm-up; over the last
+  {settings.decay_steps:,} steps it decays to zero as one minus a square root
 - bfloat16 autocast, torch {torch}, transformers {transformers}
 - {wall} minutes of wall-clock time, {processor} minutes of processor time, on {hardware}
 

@@ -177,15 +177,25 @@ class Settings:
 
 
 def train(blocks: torch.Tensor, settings: Settings, work_dir: Path) -> tuple[PreTrainedModel, Clock]:
-    """Trains from random weights, or goes on from the last checkpoint in ``work_dir``.
+    """Trains from random weights, or goes on from the last checkpoint of the same run in ``work_dir``.
+
+    Until the last ``decay_steps`` the learning rate does not depend on ``steps``: a run stopped before them may go on
+    with another number of steps, and ends as one that was given that number from the start.
 
     Returns:
         The model and the time that its training took.
+
+    Raises:
+        ValueError: If ``work_dir`` holds a checkpoint beyond ``steps``.
     """
+    folder = work_dir / f"batch-{settings.batch_size}-rate-{settings.learning_rate:g}-seed-{settings.seed}"
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if last is not None and int(last.rsplit("-", 1)[1]) > settings.steps:
+        raise ValueError(f"{last} is already beyond {settings.steps} steps: choose more steps or another --work-dir")
     set_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(settings.config())
     arguments = TrainingArguments(
-        output_dir=str(work_dir / "checkpoints"),
+        output_dir=str(folder),
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -210,8 +220,7 @@ def train(blocks: torch.Tensor, settings: Settings, work_dir: Path) -> tuple[Pre
         optimizers=(MuonAdamW(model, settings.learning_rate, weight_decay=0.1), None),
         callbacks=[Clock()],
     )
-    folder = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last)
     return model, next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Clock))
 
 

@@ -80,7 +80,7 @@ class RollingLayer(CacheLayerMixin):
                 return key_states, value_states
             if count == 1:
                 filled = min(start + 1, self.slots)
-                return self.keys[:, :, :filled], self.values[:, :, :filled]
+                return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
             return self._span(self.keys, seen, start + count), self._span(self.values, seen, start + count)
         if seen == start:
             keys, values = key_states, value_states
@@ -205,8 +205,10 @@ class RollingLayer(CacheLayerMixin):
     def _store(self, key_states: Tensor, value_states: Tensor) -> None:
         count, start = key_states.shape[2], self.cumulative_length
         kept = min(count, self.slots)
-        self._write(self.keys, key_states[:, :, count - kept :], start + count - kept)
-        self._write(self.values, value_states[:, :, count - kept :], start + count - kept)
+        if kept < count:
+            key_states, value_states = key_states[:, :, count - kept :], value_states[:, :, count - kept :]
+        self._write(self.keys, key_states, start + count - kept)
+        self._write(self.values, value_states, start + count - kept)
         self.cumulative_length = start + count
         self.oldest = max(self.oldest, self.cumulative_length - self.slots)
         if self.record_past:
@@ -218,8 +220,10 @@ class RollingLayer(CacheLayerMixin):
         count = states.shape[2]
         slot = position % buffer.shape[2] if count else 0
         head = min(count, buffer.shape[2] - slot)
-        buffer[:, :, slot : slot + head].copy_(states[:, :, :head])
-        if head < count:
+        if head == count:
+            buffer.narrow(2, slot, count).copy_(states)
+        else:
+            buffer[:, :, slot:].copy_(states[:, :, :head])
             buffer[:, :, : count - head].copy_(states[:, :, head:])
 
     @staticmethod

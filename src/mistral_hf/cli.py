@@ -1,10 +1,10 @@
-"""The command line: ``mistral-hf generate | info``. What a command needs is imported when it runs."""
+"""The command line: ``mistral-hf generate | chat | convert | info``. What a command needs is imported when it runs."""
 
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -111,6 +111,90 @@ def generate(
     output = loaded.generate(**inputs, **options, streamer=streamer)
     if streamer is None:
         typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option("--model", help="Folder or hub id of an instruct checkpoint.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 500,
+    dtype: DtypeOption = Dtype.auto,
+    device_map: DeviceMapOption = None,
+    attn_implementation: AttentionOption = None,
+    load_in_4bit: FourBitOption = False,
+    do_sample: SampleOption = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+) -> None:
+    """Chat in the terminal, or answer the lines of standard input.
+
+    /reset begins anew, /system TEXT does so with another system prompt, /exit ends; Ctrl-C ends a reply.
+    """
+    options = _generation_options(do_sample, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    loaded, tokenizer = _load(model, dtype, device_map, attn_implementation, load_in_4bit)
+    from transformers import TextStreamer, set_seed
+
+    from .chat_session import ChatSession
+
+    if seed is not None:
+        set_seed(seed)
+    try:
+        session = ChatSession(loaded, tokenizer, system, **options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    for line in _lines("> "):
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return
+        if command == "/reset":
+            session.reset(system)
+        elif command == "/system":
+            session.reset(system := argument.strip() or None)
+        elif command.startswith("/"):
+            typer.echo(f"There is no command {command}: /reset, /system TEXT, /exit.", err=True)
+        elif line:
+            session.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    """What the user types, or the lines of a pipe, until its end."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            typer.echo(prompt, nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+@app.command()
+def convert(
+    input_dir: Annotated[Path, typer.Argument(help="Folder with params.json and consolidated weights.")],
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write; appears only when complete.")],
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto keeps every bit.")] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="If the input does not say it.")] = None,
+    rope_theta: Annotated[float | None, typer.Option(min=1, help="If the input does not say it.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Convert raw Mistral weights to Hugging Face format."""
+    from .convert import convert_raw_to_hf
+    from .progress import byte_progress, run
+
+    with run(), byte_progress() as progress:
+        result = convert_raw_to_hf(
+            input_dir,
+            output_dir,
+            dtype=None if dtype is Dtype.auto else dtype.value,
+            max_shard_size=max_shard_size,
+            max_position_embeddings=max_position_embeddings,
+            rope_theta=rope_theta,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    typer.echo(result.summary())
 
 
 def _generation_options(do_sample: bool | None, **options: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from .attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, eager_attention_forwa
 from .cache import RollingCache
 from .configuration_mistral import MistralConfig
 from .losses import check_labels, check_range, sequence_classification_loss
+from .weight_layout import lay_out_for_decoding
 
 HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
@@ -166,6 +167,9 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
         max_cache_length: int,
     ) -> Any:
         """Give `generate` a `RollingCache` where it would make one of the library's dynamic or static caches."""
+        beams = generation_config.num_beams or 1
+        rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
+        lay_out_for_decoding(self, rows)
         kind = generation_config.cache_implementation
         rolling = kind in (None, "dynamic", "offloaded", "static", "offloaded_static")
         if not rolling or generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
@@ -179,7 +183,6 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             self._previous_max_cache_length = capacity
         cache = RollingCache(self.config, max_cache_len=capacity, offloading=kind is not None and "offloaded" in kind)
         if capacity is not None and generation_config.prefill_chunk_size is not None:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             self._allocate_now(cache, rows)
         if generation_config.is_assistant:
             cache.activate_past_recording()
