@@ -221,6 +221,11 @@ ROOMS = {
     **CORE,
     "__init__": {"bundled", "configuration_mistral", "cache", "modeling_mistral", "registration"},
     "weights": {"configuration_mistral"},
+    "params": {"weights"},
+    "checkpoints": {"weights", "params"},
+    "output": {"checkpoints"},
+    "chat": set(),
+    "tokenization": {"chat"},
     "modeling_flax_mistral": {"configuration_mistral", "weights"},
     "modeling_tf_mistral": {"configuration_mistral", "weights"},
 }

@@ -46,6 +46,7 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 MAX_POSITIONS = 4096
 OUTPUT = Path(__file__).parents[2] / "src/mistral_hf/data/tiny-mistral"
 WORK_DIR = Path.home() / ".cache/mistral_hf/tiny-mistral"
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}  # greedy text of so small a model soon repeats itself
 PROMPTS = (
     "Once upon a time",
     "It is a truth universally acknowledged, that",
@@ -235,9 +236,7 @@ def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
     """The prompt and up to 80 tokens that the model adds to it."""
     set_seed(seed)
-    output = model.generate(
-        **tokenizer(prompt, return_tensors="pt"), max_new_tokens=80, do_sample=True, temperature=0.7, top_p=0.9
-    )
+    output = model.generate(**tokenizer(prompt, return_tensors="pt"), **SAMPLING, max_new_tokens=80)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
@@ -277,7 +276,7 @@ def build_checkpoint(corpus: list[SourceText], settings: Settings, output: Path,
     output.mkdir(parents=True, exist_ok=True)
     model.config.use_cache = True  # the Trainer switched it off
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ids)
+    model.generation_config = GenerationConfig(**SAMPLING, **ids)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     shipped = excerpt(corpus, 48_000)
