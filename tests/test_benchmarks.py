@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def benchmarks() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT))
-        names = ("cases", "harness", "plot", "run", "workloads")
+        names = ("attention_block", "cases", "harness", "plot", "run", "workloads")
         yield SimpleNamespace(**{name: import_module(f"benchmarks.{name}") for name in names})
 
 
@@ -168,3 +168,11 @@ def test_wrong_options(
     with pytest.raises(SystemExit):
         benchmarks.run.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_attention_block_measures_every_block(benchmarks: SimpleNamespace, tmp_path: Path) -> None:
+    output = tmp_path / "block.json"
+    benchmarks.attention_block.main(repeats=1, length=64, output=output)
+    seconds = json.loads(output.read_text())["seconds"]
+    assert len(seconds) == 4
+    assert all(list(medians) == ["128", "256", "512", "1024", "2048"] for medians in seconds.values())
