@@ -44,8 +44,12 @@ def test_snippets_run(number, first_snippet, hub_stand_in):
         pytest.importorskip("bitsandbytes")
     names = {} if hub else dict(first_snippet)
     exec(compile(HUB_ID.sub(repr(str(hub_stand_in)), code), f"README.md snippet {number}", "exec"), names)
-    model = names.get("ours", names.get("classifier", names.get("model")))
-    assert type(model).__module__ == "mistral_hf.modeling_mistral"
+    if "encode_conversation" in code:
+        assert names["ids"][0] == 1
+        assert len(names["ids"]) > 5
+    else:
+        model = names.get("ours", names.get("classifier", names.get("model")))
+        assert type(model).__module__ == "mistral_hf.modeling_mistral"
 
 
 def test_the_long_prompt_keeps_the_window_only(first_snippet, capsys):

@@ -121,7 +121,7 @@ def make_mask(
     if unmasked and not exporting and _needs_no_mask(layout, length, window, implementation):
         return None
     start = layout.query_start
-    if length > BLOCK and layout.slots == 0 and isinstance(start, int) and not (exporting or weights_wanted):
+    if not (exporting or weights_wanted) and length > BLOCK and layout.slots == 0 and isinstance(start, int):
         if padding is not None:
             padding = padding[:, layout.key_start : layout.key_start + layout.length]
         return BandMask(window, start - layout.key_start, padding, segments)
@@ -253,7 +253,7 @@ def _prefers_products(query: Tensor, key: Tensor) -> bool:
 
     At batch 8 and 4096 keys the kernel takes 1.3 (float32) to 2 (bfloat16) times as long.
     """
-    if query.shape[2] > 1 or query.device.type != "cpu" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or query.device.type != "cpu" or query.shape[2] > 1:
         return False
     return key.shape[0] * key.shape[2] >= 512
 
