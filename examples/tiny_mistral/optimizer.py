@@ -34,7 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # the base class declares overloads
         loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self.parts:
             part.step()
