@@ -26,6 +26,7 @@ from typer.testing import CliRunner
 
 import mistral_hf
 from mistral_hf.checkpoints import CheckpointError, open_checkpoint
+from mistral_hf.cli import app as mistral_hf_app
 from mistral_hf.convert import Conversion, convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.output import check_manifest
 from mistral_hf.params import complete_params, normalize_params, params_difference
@@ -412,6 +413,20 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, capfd):
     assert in_child(convert_on_a_full_disk) == 1
     assert "File too large" in capfd.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_the_package_command_converts_the_same(tmp_path):
+    """`mistral-hf convert` is the script under another name."""
+    params = GENERATIONS[next(iter(GENERATIONS))]
+    raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
+    result = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf"), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    convert_raw_to_hf(raw, tmp_path / "expected", dtype="float32")
+    assert bits(load_folder(tmp_path / "hf")) == bits(load_folder(tmp_path / "expected"))
+    assert read_json(tmp_path / "hf/config.json") == read_json(tmp_path / "expected/config.json")
+    again = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf")])
+    assert again.exit_code == 1
+    assert "overwrite" in again.stderr
 
 
 # Full size, by hand
