@@ -59,6 +59,10 @@ SampleOption = Annotated[
     ),
 ]
 
+TemperatureOption = Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")]
+TopPOption = Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")]
+
 
 @app.command()
 def generate(
@@ -70,15 +74,15 @@ def generate(
     attn_implementation: AttentionOption = None,
     load_in_4bit: FourBitOption = False,
     do_sample: SampleOption = None,
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")] = None,
+    temperature: TemperatureOption = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from that many likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")] = None,
+    top_p: TopPOption = None,
     min_p: Annotated[
         float | None, typer.Option(min=0, max=1, help="Least share of the likeliest's probability.")
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = None,
     num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a beam search, printed at its end.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    seed: SeedOption = None,
     prefill_chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Read the prompt in pieces of so many tokens.")
     ] = None,
@@ -123,9 +127,9 @@ def chat(
     attn_implementation: AttentionOption = None,
     load_in_4bit: FourBitOption = False,
     do_sample: SampleOption = None,
-    temperature: Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
 ) -> None:
     """Chat in the terminal, or answer the lines of standard input.
 
