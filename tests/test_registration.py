@@ -219,19 +219,21 @@ CORE: dict[str, set[str]] = {
 }
 ROOMS = {
     **CORE,
-    "__init__": {"bundled", "configuration_mistral", "cache", "modeling_mistral", "registration"},
+    "__init__": {"bundled", "configuration_mistral", "cache", "chat", "modeling_mistral", "registration"},
     "weights": {"configuration_mistral"},
     "params": {"weights"},
     "checkpoints": {"weights", "params"},
     "output": {"checkpoints"},
     "chat": set(),
     "tokenization": {"chat"},
-    "modeling_flax_mistral": {"configuration_mistral", "weights"},
-    "modeling_tf_mistral": {"configuration_mistral", "weights"},
+    "ports": {"configuration_mistral", "checkpoints", "output"},
+    "modeling_flax_mistral": {"configuration_mistral", "weights", "checkpoints", "output", "ports"},
+    "modeling_tf_mistral": {"configuration_mistral", "weights", "checkpoints", "output", "ports"},
 }
 FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras"}
 FORBIDDEN = {
     "configuration_mistral": FRAMEWORKS,
+    "ports": FRAMEWORKS,
     "weights": FRAMEWORKS | {"safetensors", "transformers", "os", "io", "pathlib", "json"},
     "modeling_mistral": {"safetensors", "os", "io", "pathlib", "json", "flash_attn"},
     "modeling_flax_mistral": {"torch", "tensorflow", "keras"},

@@ -1,20 +1,27 @@
-"""Mistral for Hugging Face Transformers: importing this package registers it for ``model_type: "mistral"``."""
+"""Mistral for Hugging Face Transformers: importing this package registers it for ``model_type: "mistral"``.
+
+Without PyTorch, nothing is registered; the configuration, the conversion and the JAX and TensorFlow ports work.
+"""
 
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from .bundled import BUNDLED_CHECKPOINT
-from .cache import RollingCache
 from .configuration_mistral import MistralConfig
-from .modeling_mistral import (
-    MistralForCausalLM,
-    MistralForQuestionAnswering,
-    MistralForSequenceClassification,
-    MistralForTokenClassification,
-    MistralModel,
-    MistralPreTrainedModel,
-)
-from .registration import register, unregister
+
+if TYPE_CHECKING:
+    from .cache import RollingCache
+    from .chat import encode_conversation, get_chat_template, validate_conversation
+    from .modeling_mistral import (
+        MistralForCausalLM,
+        MistralForQuestionAnswering,
+        MistralForSequenceClassification,
+        MistralForTokenClassification,
+        MistralModel,
+        MistralPreTrainedModel,
+    )
+    from .registration import register, unregister
 
 __all__ = [
     "BUNDLED_CHECKPOINT",
@@ -35,13 +42,39 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_LAZY = {"encode_conversation": "chat", "get_chat_template": "chat", "validate_conversation": "chat"}
+_HOMES = {
+    "cache": ("RollingCache",),
+    "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
+    "modeling_mistral": (
+        "MistralForCausalLM",
+        "MistralForQuestionAnswering",
+        "MistralForSequenceClassification",
+        "MistralForTokenClassification",
+        "MistralModel",
+        "MistralPreTrainedModel",
+    ),
+    "registration": ("register", "unregister"),
+}
+_EXTRAS: dict[str, str] = {}
+"""The extra of setup.cfg that brings what a module imports."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{home}", __name__), name)
+    except ModuleNotFoundError as error:
+        install = f"mistral_hf[{_EXTRAS[home]}]" if home in _EXTRAS else error.name
+        raise ImportError(
+            f"mistral_hf.{name} needs {error.name}, which is not installed: pip install {install!r} brings it."
+        ) from error
 
 
-register()
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+if find_spec("torch") is not None:
+    import_module(".registration", __name__).register()
