@@ -213,8 +213,8 @@ CORE: dict[str, set[str]] = {
     "attention": set(),
     "cache": set(),
     "losses": set(),
-    "weight_layout": set(),
-    "modeling_mistral": {"configuration_mistral", "attention", "cache", "losses", "weight_layout"},
+    "products": set(),
+    "modeling_mistral": {"configuration_mistral", "attention", "cache", "losses", "products"},
     "registration": {"configuration_mistral", "modeling_mistral"},
 }
 ROOMS = {

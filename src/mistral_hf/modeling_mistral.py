@@ -29,7 +29,7 @@ from .attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, eager_attention_forwa
 from .cache import RollingCache
 from .configuration_mistral import MistralConfig
 from .losses import check_labels, check_range, sequence_classification_loss
-from .weight_layout import lay_out_for_decoding
+from .products import linear
 
 HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
@@ -132,7 +132,7 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[-1])
@@ -169,7 +169,6 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
         """Give `generate` a `RollingCache` where it would make one of the library's dynamic or static caches."""
         beams = generation_config.num_beams or 1
         rows = batch_size * max(beams, generation_config.num_return_sequences or 1)
-        lay_out_for_decoding(self, rows)
         kind = generation_config.cache_implementation
         rolling = kind in (None, "dynamic", "offloaded", "static", "offloaded_static")
         if not rolling or generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
@@ -455,9 +454,9 @@ class MistralAttention(nn.Module):
         """
         batch, length = hidden_states.shape[:2]
         by_head = (batch, length, -1, self.head_dim)
-        q = apply_rotary(self.q_proj(hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
-        k = apply_rotary(self.k_proj(hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
-        v = self.v_proj(hidden_states).view(by_head).transpose(1, 2)  # [B, K, S, D]
+        q = apply_rotary(linear(self.q_proj, hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
+        k = apply_rotary(linear(self.k_proj, hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
+        v = linear(self.v_proj, hidden_states).view(by_head).transpose(1, 2)  # [B, K, S, D]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # [B, K, T, D]
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -474,7 +473,7 @@ class MistralAttention(nn.Module):
             sliding_window=self.config.sliding_window,
             **kwargs,
         )
-        return self.o_proj(output.reshape(batch, length, -1)), weights
+        return linear(self.o_proj, output.reshape(batch, length, -1)), weights
 
 
 def _head_shape(config: MistralConfig) -> tuple[int, int, int]:
@@ -495,7 +494,8 @@ class MistralMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[B, S, E]`` to ``[B, S, E]``."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
+        return linear(self.down_proj, self.act_fn(gate) * up)
 
 
 class MistralRMSNorm(nn.Module):
