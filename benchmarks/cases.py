@@ -1,4 +1,4 @@
-"""The named cases, in three groups: what everybody does, what the window is about, and prompts by length."""
+"""The named cases: what everybody does, what the window is about, prompts by length, and a long one in chunks."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,15 +6,17 @@ from dataclasses import replace
 from .harness import Case
 from .workloads import Decoding, Generation, Importing, Loading, Prefill, Shape, Training
 
+SHORT = Generation(
+    name="decode_short",
+    title="generate 32 tokens after a prompt of 64",
+    group="everyday",
+    length=64,
+    tokens=32,
+    repeats=9,
+)
 EVERYDAY = (
-    Generation(
-        name="decode_short",
-        title="generate 32 tokens after a prompt of 64",
-        group="everyday",
-        length=64,
-        tokens=32,
-        repeats=9,
-    ),
+    SHORT,
+    replace(SHORT, name="decode_short_compiled", title="the same, our step compiled", compiled=True),
     Prefill(name="prefill_short", title="prompt of 512 tokens", group="everyday", length=512, repeats=9),
     Prefill(
         name="prefill_long",
@@ -106,7 +108,20 @@ LENGTHS = tuple(
     for length, repeats in ((1024, 5), (2048, 5), (4096, 3), (8192, 3), (16384, 2), (32768, 1))
 )
 
-CASES: tuple[Case, ...] = (*EVERYDAY, *WINDOW, *LENGTHS)
+CHUNKS = Generation(
+    name="prompt_in_chunks_100k",
+    title="prompt of 102400 tokens in chunks of 1024, W=1024",
+    group="chunks",
+    length=102400,
+    window=1024,
+    chunk=1024,
+    tokens=2,
+    shape=Shape(layers=4),
+    repeats=1,
+    peak_memory=True,
+)
+
+CASES: tuple[Case, ...] = (*EVERYDAY, *WINDOW, *LENGTHS, CHUNKS)
 
 
 def select(names: Sequence[str]) -> list[Case]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.generation.configuration_utils import CompileConfig
 from transformers.models.mistral.configuration_mistral import MistralConfig as ReferenceConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as ReferenceModel
 from transformers.utils.logging import disable_progress_bar
@@ -155,22 +156,38 @@ class ModelCase(Case):
         return window * (window + 1) // 2 + (self.length - window) * window
 
 
+@dataclass(frozen=True, kw_only=True)
 class Generation(ModelCase):
-    """``generate`` from a prompt, greedily."""
+    """``generate`` from a prompt, greedily.
+
+    Attributes:
+        chunk: ``prefill_chunk_size`` of both versions.
+        compiled: The subject's step is compiled, the reference's is not.
+    """
+
+    chunk: int | None = None
+    compiled: bool = False
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the new tokens ``[B, tokens]``."""
         prompt = self.ids(self.length)
 
         def generate(tokens: int = self.tokens) -> Tensor:
-            options = {"max_new_tokens": tokens, "do_sample": False}
+            options = {"max_new_tokens": tokens, "do_sample": False, "prefill_chunk_size": self.chunk}
+            if self.compiled and version == SUBJECT:
+                options |= {"cache_implementation": "static", "compile_config": compilation}
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, self.length :]
 
-        generate(2)
+        compilation = CompileConfig(mode="default")
+        compilation._compile_all_devices = True
+        if self.chunk is None:
+            generate(2)
         return generate
 
     def cost(self) -> Cost:
-        """A decoding step for every token, the prompt neglected."""
+        """A decoding step for every token; the prompt counts only if it is read in chunks."""
+        if self.chunk is not None:
+            return self._cost(self.length, self.length, self.tokens, self._visible_pairs(), keys=0)
         keys = self.batch * (self.length + self.tokens // 2)
         return self._cost(self.batch * self.tokens, self.batch, self.batch, keys, keys, times=self.tokens)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 PIECES = 8  # a single row's weight is read in that many pieces
 
@@ -45,14 +45,20 @@ def _is_plain(layer: nn.Module, states: Tensor) -> bool:
     if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
         return False
     weight = layer.weight
+    if not states.dtype == weight.dtype == torch.float32 or not states.device.type == weight.device.type == "cpu":
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if torch.is_autocast_enabled("cpu") or "forward" in layer.__dict__:
+        return False
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler does as well as oneDNN, but reads a single row's weight as MKL does
+        return not torch.compiler.is_exporting() and states.numel() == weight.shape[1]
     return (
-        states.dtype == weight.dtype == torch.float32
-        and type(states) is Tensor
-        and states.device.type == weight.device.type == "cpu"
+        type(states) is Tensor
         and states.numel() > 0
-        and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__)
-        and not (layer._backward_hooks or layer._backward_pre_hooks or nn.modules.module._has_any_global_hook())
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+        and not (torch.jit.is_tracing() or nn.modules.module._has_any_global_hook())
         and not torch._C._are_functorch_transforms_active()
         and torch.backends.mkldnn.is_available()
     )
@@ -61,11 +67,15 @@ def _is_plain(layer: nn.Module, states: Tensor) -> bool:
 def _product(states: Tensor, weight: Tensor) -> Tensor:
     """``states @ weight.T`` for ``[..., I]`` and ``[O, I]``."""
     if states.numel() > weight.shape[1]:
-        oned: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
-        return oned
+        return _by_onednn(states, weight)
     pieces = math.gcd(weight.shape[0], PIECES)
-    column = states.reshape(1, -1).t().expand(pieces, -1, -1)  # [pieces, I, 1], which MKL takes for column-major
+    column = states.reshape(1, -1).t().expand(pieces, -1, -1)  # [pieces, I, 1], of strides that MKL reads fast
     return torch.bmm(weight.view(pieces, -1, weight.shape[1]), column).view(*states.shape[:-1], -1)
+
+
+def _by_onednn(states: Tensor, weight: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
+    return product
 
 
 class _Product(torch.autograd.Function):
@@ -77,13 +87,12 @@ class _Product(torch.autograd.Function):
         return _product(states, weight)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         states, weight = ctx.saved_tensors
+        multiply = F.linear if torch.is_grad_enabled() else _by_onednn  # the gradients' own graph may be wanted
         of_states = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_states = torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], "")
+            of_states = multiply(gradient, weight.t())
         if ctx.needs_input_grad[1]:
-            by_column = gradient.reshape(-1, gradient.shape[-1]).t(), states.reshape(-1, states.shape[-1]).t()
-            of_weight = torch.ops.mkldnn._linear_pointwise(*by_column, None, "none", [], "")
+            of_weight = multiply(gradient.flatten(0, -2).t(), states.flatten(0, -2).t())
         return of_states, of_weight
