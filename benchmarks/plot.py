@@ -1,4 +1,7 @@
-"""Draw prefill time and peak memory against the length: ``python -m benchmarks.plot RESULTS.json [--output PNG]``."""
+"""Draw what was measured: ``python -m benchmarks.plot RESULTS.json [--output PNG]``.
+
+Of `benchmarks.run`, prefill time and peak memory against the length; of `benchmarks.gpu`, the speed-up against it.
+"""
 
 import argparse
 import json
@@ -21,13 +24,18 @@ STYLES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("results", type=Path, help="JSON that benchmarks.run wrote, with the group 'lengths'")
-    parser.add_argument("--output", type=Path, default=RESULTS / "prefill_length.png", metavar="PNG")
+    parser.add_argument(
+        "results", type=Path, help="JSON of benchmarks.run, with the group 'lengths', or of benchmarks.gpu"
+    )
+    parser.add_argument("--output", type=Path, metavar="PNG", help="default: in benchmarks/results")
     options = parser.parse_args(arguments)
     try:
-        figure = draw(json.loads(options.results.read_text()))
+        record = json.loads(options.results.read_text())
+        of_gpu = "device" in record["environment"]
+        figure = draw_speedup(record) if of_gpu else draw(record)
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    options.output = options.output or RESULTS / ("gpu_speedup.png" if of_gpu else "prefill_length.png")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=150)
     print(f"written: {options.output}")
@@ -65,14 +73,48 @@ def draw(record: dict[str, Any]) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, label: str, lengths: Sequence[int]) -> None:
+def draw_speedup(record: dict[str, Any]) -> Figure:
+    """Two panels, decoding and prompts, from a record of `benchmarks.gpu`.
+
+    Raises:
+        ValueError: Nothing was measured with both versions.
+    """
+    results = [result for result in record["cases"] if result["speedup"]]
+    if not results:
+        raise ValueError("Nothing was measured with both versions: there is no speed-up to plot.")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for result in results:
+            if result["group"].startswith(kind):
+                batch = f", batch {result['settings']['batch']}" if kind == "decode" else ""
+                label = result["group"].removeprefix(kind + "_") + batch
+                lines.setdefault(label, []).append((result["settings"]["length"], result["speedup"]["median"]))
+        for label, points in sorted(lines.items()):
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axes.axhline(1.0, color="tab:gray", linestyle=":")
+        axes.set_title(kind)
+        lengths = sorted({length for points in lines.values() for length, _ in points})
+        _finish(axes, "times as fast as Transformers", lengths, logarithmic=False)
+    settings, machine = results[0]["settings"], record["environment"]
+    figure.suptitle(
+        f"Window of {settings['window']}: {settings['shape']['layers']} layers, hidden size"
+        f" {settings['shape']['hidden_size']}, {settings['dtype']}, {machine.get('gpu', machine['cpu'])}",
+        fontsize=10,
+    )
+    return figure
+
+
+def _finish(axes: Axes, label: str, lengths: Sequence[int], logarithmic: bool = True) -> None:
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
+    if logarithmic:
+        axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length // 1024}k" if length >= 1024 else str(length) for length in lengths])
-    axes.set_xlabel("prompt length (tokens)")
+    axes.set_xlabel("length (tokens)")
     axes.set_ylabel(label)
     axes.grid(True, which="major", alpha=0.3)
-    axes.legend(frameon=False)
+    if lengths:
+        axes.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def run(monkeypatch, capsys, script, *arguments):
 
 
 def test_every_script_has_a_quick_run():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(QUICK)
+    """Here, or in test_training_examples.py, which needs the extra `train`."""
+    elsewhere = (Path(__file__).parent / "test_training_examples.py").read_text(encoding="utf-8")
+    assert set(QUICK) == {path.name for path in EXAMPLES.glob("*.py") if f'"{path.name}": (' not in elsewhere}
 
 
 @pytest.mark.parametrize("script", sorted(QUICK))

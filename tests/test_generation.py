@@ -1,12 +1,14 @@
 """What `generate` writes: the library's own words, by every way of decoding, from every cache."""
 
 import importlib.util
+import logging
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, pipeline
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockForCausalLM
 
 import reference
@@ -80,6 +82,50 @@ def test_ways_of_decoding(options: dict[str, Any], make_pair: Any, padded: Any) 
     for model in make_pair():
         torch.manual_seed(5)
         texts.append(generate(model, padded(11, 4), **options))
+    assert torch.equal(*texts)
+
+
+class Oracle(MistralForCausalLM):
+    """The library's `generate` on top of the oracle's logits, without a cache."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+        logits = reference.logits(self.state_dict(), self.config, input_ids, attention_mask=attention_mask)
+        return CausalLMOutputWithPast(logits=logits)
+
+
+@WINDOWS
+@pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3}], ids=["sampling", "beams"])
+def test_sampling_and_beams_match_the_oracle(
+    options: dict[str, Any], window: int | None, make_model: Any, padded: Any
+) -> None:
+    model, inputs = make_model(sliding_window=window), padded(11, 4)
+    oracle = Oracle(model.config).eval()
+    oracle.load_state_dict(model.state_dict())
+    texts = []
+    for version, use_cache in ((model, True), (oracle, False)):
+        torch.manual_seed(5)
+        texts.append(generate(version, inputs, 24, use_cache=use_cache, **options))
+    assert torch.equal(*texts)
+
+
+@WINDOWS
+@pytest.mark.parametrize("way", ["assisted", "lookup"])
+def test_speculation_matches_the_oracle(way: str, window: int | None, make_model: Any, token_ids: Any) -> None:
+    """A wrong assistant's guesses, and those looked up, are taken back from the buffer, before and after it wraps."""
+    model, ids = make_model(sliding_window=window), token_ids(1, 4).repeat(1, 3)
+    helper = make_model(sliding_window=window, num_hidden_layers=1)
+    options = {"assisted": {"assistant_model": helper}, "lookup": {"prompt_lookup_num_tokens": 3}}[way]
+    text = generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 24, **options)
+    assert torch.equal(text, reference.greedy(model.state_dict(), model.config, ids, 24))
+
+
+def test_assisted_sampling_draws_the_librarys_own_samples(make_pair: Any, token_ids: Any) -> None:
+    pair, helpers = make_pair(), make_pair(num_hidden_layers=1)
+    inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
+    texts = []
+    for model, helper in zip(pair, helpers, strict=True):
+        torch.manual_seed(5)
+        texts.append(generate(model, inputs, 24, do_sample=True, assistant_model=helper))
     assert torch.equal(*texts)
 
 
@@ -242,6 +288,20 @@ def test_attentions_and_hidden_states(make_pair: Any, padded: Any) -> None:
 def test_low_precision_runs_past_the_window(dtype: torch.dtype, make_model: Any, padded: Any) -> None:
     text = generate(make_model().to(dtype), padded(11, 4), 20)
     assert text.shape == (2, 31)
+
+
+def test_passing_max_position_embeddings_is_said_once(
+    make_model: Any, token_ids: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text is the oracle's, which knows no limit."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model, ids = make_model(max_position_embeddings=17), token_ids(1, 11)
+    short = generate(model, {"input_ids": ids}, 6)
+    assert "max_position_embeddings=17" not in caplog.text
+    text = generate(model, {"input_ids": ids}, 24)
+    assert caplog.text.count("max_position_embeddings=17") == 1
+    assert torch.equal(text[:, :17], short)
+    assert torch.equal(text, reference.greedy(model.state_dict(), model.config, ids, 24))
 
 
 def test_memory_is_that_of_the_window(make_model: Any, token_ids: Any) -> None:

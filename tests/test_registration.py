@@ -211,15 +211,20 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 CORE: dict[str, set[str]] = {
     "configuration_mistral": set(),
     "attention": set(),
+    "flash_kernels": set(),
+    "flash": {"attention", "flash_kernels"},
     "cache": set(),
-    "losses": set(),
+    "losses": {"products"},
     "products": set(),
-    "modeling_mistral": {"configuration_mistral", "attention", "cache", "losses", "products"},
+    "modeling_mistral": {"configuration_mistral", "attention", "flash", "cache", "losses", "products"},
     "registration": {"configuration_mistral", "modeling_mistral"},
 }
 ROOMS = {
     **CORE,
-    "__init__": {"bundled", "configuration_mistral", "cache", "chat", "modeling_mistral", "registration"},
+    "__init__": {
+        *("bundled", "configuration_mistral", "cache", "chat", "modeling_mistral", "registration"),
+        "modeling_flax_mistral",
+    },
     "weights": {"configuration_mistral"},
     "params": {"weights"},
     "checkpoints": {"weights", "params"},
@@ -227,7 +232,22 @@ ROOMS = {
     "chat": set(),
     "tokenization": {"chat"},
     "ports": {"configuration_mistral", "checkpoints", "output"},
-    "modeling_flax_mistral": {"configuration_mistral", "weights", "checkpoints", "output", "ports"},
+    "flax_attention": set(),
+    "flax_outputs": {"flax_attention"},
+    "flax_layers": {"configuration_mistral", "flax_attention", "flax_outputs", "ports"},
+    "flax_losses": {"flax_layers"},
+    "flax_generation": {"flax_attention", "ports"},
+    "flax_beam_search": {"flax_attention", "flax_generation", "ports"},
+    "flax_params": {"checkpoints"},
+    "flax_programs": {
+        *("flax_attention", "flax_beam_search", "flax_generation", "flax_losses", "flax_params", "ports"),
+    },
+    "flax_sharding": set(),
+    "modeling_flax_mistral": {
+        *("configuration_mistral", "checkpoints", "output", "ports"),
+        *("flax_attention", "flax_layers", "flax_losses", "flax_outputs", "flax_params", "flax_programs"),
+        "flax_sharding",
+    },
     "modeling_tf_mistral": {"configuration_mistral", "weights", "checkpoints", "output", "ports"},
 }
 FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras"}
@@ -236,7 +256,7 @@ FORBIDDEN = {
     "ports": FRAMEWORKS,
     "weights": FRAMEWORKS | {"safetensors", "transformers", "os", "io", "pathlib", "json"},
     "modeling_mistral": {"safetensors", "os", "io", "pathlib", "json", "flash_attn"},
-    "modeling_flax_mistral": {"torch", "tensorflow", "keras"},
+    **{path.stem: {"torch", "tensorflow", "keras"} for path in SOURCE.glob("*flax*.py")},
     "modeling_tf_mistral": {"torch", "jax", "flax"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

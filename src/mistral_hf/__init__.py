@@ -13,6 +13,7 @@ from .configuration_mistral import MistralConfig
 if TYPE_CHECKING:
     from .cache import RollingCache
     from .chat import encode_conversation, get_chat_template, validate_conversation
+    from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
     from .modeling_mistral import (
         MistralForCausalLM,
         MistralForQuestionAnswering,
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
         MistralModel,
         MistralPreTrainedModel,
     )
+    from .modeling_tf_mistral import TFMistralForCausalLM, TFMistralForSequenceClassification, TFMistralModel
     from .registration import register, unregister
 
 __all__ = [
     "BUNDLED_CHECKPOINT",
+    "FlaxMistralForCausalLM",
+    "FlaxMistralModel",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralForQuestionAnswering",
@@ -33,6 +37,9 @@ __all__ = [
     "MistralModel",
     "MistralPreTrainedModel",
     "RollingCache",
+    "TFMistralForCausalLM",
+    "TFMistralForSequenceClassification",
+    "TFMistralModel",
     "encode_conversation",
     "get_chat_template",
     "register",
@@ -45,6 +52,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "cache": ("RollingCache",),
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
+    "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
     "modeling_mistral": (
         "MistralForCausalLM",
         "MistralForQuestionAnswering",
@@ -53,9 +61,13 @@ _HOMES = {
         "MistralModel",
         "MistralPreTrainedModel",
     ),
+    "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
     "registration": ("register", "unregister"),
 }
-_EXTRAS: dict[str, str] = {}
+_EXTRAS: dict[str, str] = {
+    "modeling_flax_mistral": "flax",
+    "modeling_tf_mistral": "tf",
+}
 """The extra of setup.cfg that brings what a module imports."""
 
 

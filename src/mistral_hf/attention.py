@@ -34,12 +34,14 @@ class KeyLayout(NamedTuple):
         key_start: Index of the first consecutive key, if all are.
         length: T.
         slots: Number of leading keys in slot order.
+        cached: Whether the keys are kept for later queries.
     """
 
     query_start: int | Tensor
     key_start: int
     length: int
     slots: int = 0
+    cached: bool = False
 
     def indices(self, query_length: int, device: torch.device) -> Tensor:
         """Index of every key ``[T]``; a slot that was never filled gets one behind all queries."""
@@ -115,7 +117,10 @@ def make_mask(
     """
     length = hidden_states.shape[1]
     if implementation not in ("eager", "sdpa"):
-        return _library_mask(implementation, hidden_states, layout, window, padding, segments, **library_arguments)
+        make = MASKS.get(implementation, _library_mask)
+        return make(
+            implementation, hidden_states, layout, window, padding, segments, weights_wanted, **library_arguments
+        )
     exporting = torch.compiler.is_exporting()  # an exported program serves all lengths with one dense mask
     unmasked = padding is None and segments is None
     if unmasked and not exporting and _needs_no_mask(layout, length, window, implementation):
@@ -159,6 +164,7 @@ def _library_mask(
     window: int | None,
     padding: Tensor | None,
     segments: Tensor | None,
+    weights_wanted: bool,
     **library_arguments: Any,
 ) -> Any:
     """What the library's own mask function for `implementation` makes of the window rule."""
@@ -319,7 +325,10 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-# The library's registry with our own functions for these two names; what users register is found there as well.
+# The library's registry with our own functions for these names; what users register is found there as well.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
+
+# What makes the masks of an implementation in place of the library's function, called as `_library_mask`.
+MASKS: dict[str, Callable[..., Any]] = {}

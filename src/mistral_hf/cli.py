@@ -227,10 +227,10 @@ def _load(
 
     from .modeling_mistral import MistralForCausalLM
 
-    quantization = None
+    quantization = {}  # the name alone, with None, would make the library forget how a quantized checkpoint was saved
     if load_in_4bit:
         compute_dtype = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
-        quantization = BitsAndBytesConfig(
+        quantization["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype
         )
     try:
@@ -240,7 +240,7 @@ def _load(
             dtype=dtype.value,
             device_map=device_map,
             attn_implementation=attn_implementation,
-            quantization_config=quantization,
+            **quantization,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise typer.BadParameter(f"{name} cannot be loaded: {error}", param_hint="--model") from error
@@ -305,6 +305,7 @@ def _backend_state(name: str) -> str:
     from transformers import AutoModelForCausalLM
 
     from .configuration_mistral import MistralConfig
+    from .flash_kernels import NAME, find_kernels
 
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     if name == "flex_attention" and device.type == "cpu":  # running it would spend its time in the compiler
@@ -327,7 +328,7 @@ def _backend_state(name: str) -> str:
             model(torch.zeros(1, 2, dtype=torch.long, device=device))
     except (ImportError, ValueError, RuntimeError) as error:
         return f"not usable: {error}"
-    return "usable"
+    return f"usable: {find_kernels().name}" if name == NAME else "usable"
 
 
 def _devices() -> Iterable[tuple[str, str]]:

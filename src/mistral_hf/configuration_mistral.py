@@ -41,6 +41,10 @@ class MistralConfig(PreTrainedConfig):
             `rope_theta` and `rope_scaling` of older files are read too.
         sliding_window: W, the number of keys a query sees, itself among them; None is full causal attention.
         attention_dropout: Dropout probability of the attention weights while training.
+        loss_chunk_size: With labels, compute the language-model loss from the logits of so many tokens at a time and
+            return no logits; None returns all of them. It is written to a file only if it is set.
+        label_smoothing: Share of the target probability that the language-model loss spreads evenly over the
+            vocabulary. It is written to a file only if it is not 0.
 
     Raises:
         ValueError: A field breaks a rule; the message names the field, the value and the rule.
@@ -82,6 +86,8 @@ class MistralConfig(PreTrainedConfig):
     rope_parameters: RopeParameters | dict[str, Any] | None = None
     sliding_window: int | None = 4096
     attention_dropout: float | int = 0.0
+    loss_chunk_size: int | None = None
+    label_smoothing: float | int = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -90,6 +96,11 @@ class MistralConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, those that only this package has where they are set: others read the same file."""
+        own = {"loss_chunk_size": None, "label_smoothing": 0.0}
+        return {name: value for name, value in super().to_dict().items() if name not in own or value != own[name]}
 
     def validate_architecture(self) -> None:
         """Check the fields against each other.
@@ -115,6 +126,12 @@ class MistralConfig(PreTrainedConfig):
         )
         self._require("rms_norm_eps", self.rms_norm_eps > 0, "must be positive")
         self._require("attention_dropout", 0 <= self.attention_dropout < 1, "must lie in [0, 1)")
+        self._require(
+            "loss_chunk_size",
+            self.loss_chunk_size is None or self.loss_chunk_size >= 1,
+            "must be at least 1 token, or None for all at once",
+        )
+        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
         self._require("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
         self._require_uniform_layers()
 

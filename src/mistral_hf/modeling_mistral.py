@@ -3,6 +3,7 @@
 Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -22,14 +23,28 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, eager_attention_forward, make_mask
 from .cache import RollingCache
 from .configuration_mistral import MistralConfig
-from .losses import check_labels, check_range, sequence_classification_loss
+from .flash import REQUIREMENTS
+from .losses import (
+    check_labels,
+    check_range,
+    chunked_language_model_loss,
+    language_model_loss,
+    next_labels,
+    question_answering_loss,
+    sequence_classification_loss,
+    token_classification_loss,
+    within_sequences,
+)
 from .products import linear
+
+logger = logging.get_logger(__name__)
 
 HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
@@ -58,12 +73,61 @@ class MistralPreTrainedModel(PreTrainedModel):
         """Load a checkpoint as the library does, and refuse one that does not hold this model.
 
         Raises:
-            ValueError: Weights of the decoder are missing, or the checkpoint has weights that no Mistral model has.
+            ValueError: Weights of the decoder are missing; the checkpoint has weights that no Mistral model has; or it
+                is to be quantized again in another way.
         """
+        wanted = kwargs.get("quantization_config")
+        _require_same_quantization(kwargs.get("config"), wanted)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _require_same_quantization(model.config, wanted)
         if "num_hidden_layers" not in kwargs and getattr(model, "hf_quantizer", None) is None:
             _require_same_weights(args[0] if args else "the state dict", info)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
+        """Shard a model before its weights are read, as the library does, if every rank gets whole heads.
+
+        Raises:
+            ValueError: The tensor-parallel size does not divide the key/value heads.
+        """
+        ranks, kv_heads = distributed_config.tp_size, _head_shape(model.config)[1]
+        if kv_heads % ranks and distributed_config.tp_plan != {}:
+            fitting = ", ".join(str(size) for size in range(1, kv_heads + 1) if kv_heads % size == 0)
+            raise ValueError(
+                f"A tensor-parallel size of {ranks} does not divide num_key_value_heads={kv_heads}: a rank would get a"
+                f" part of a head. Start as many processes as divide them ({fitting}), or set tp_size to one of"
+                " these and leave the other ranks to data parallelism (fsdp_size)."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+
+    def _check_and_adjust_attn_implementation(
+        self, attn_implementation: str | None, is_init_check: bool = False, **kwargs: Any
+    ) -> str:
+        if attn_implementation in REQUIREMENTS:  # the library would look for kernels of its own
+            return self.get_correct_attn_implementation(attn_implementation, is_init_check)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, is_init_check, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention not in REQUIREMENTS:
+            return super().get_correct_attn_implementation(requested_attention, is_init_check)
+        dtype = self.config.dtype if is_init_check else self.dtype  # there are no weights yet to ask
+        REQUIREMENTS[requested_attention](dtype, _head_shape(self.config)[2])
+        return requested_attention
+
+
+def _require_same_quantization(config: Any, wanted: Any) -> None:
+    """What is in 4 or 8 bits stays as it is: its full precision is lost."""
+    present = getattr(config, "quantization_config", None)
+    if wanted is None or present is None:
+        return
+    old, new = (found if isinstance(found, dict) else found.to_dict() for found in (present, wanted))
+    for name in ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
+        if name in old and name in new and old[name] != new[name]:
+            raise ValueError(
+                f"The checkpoint is quantized with {name}={old[name]!r} and cannot be quantized again with"
+                f" {new[name]!r}: leave out quantization_config, or start from the checkpoint in full precision."
+            )
 
 
 def _require_same_weights(source: Any, info: dict[str, Any]) -> None:
@@ -92,6 +156,7 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
         self.model = MistralModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_function = language_model_loss
         self.post_init()
 
     @can_return_tuple
@@ -105,22 +170,29 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        loss_chunk_size: int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Predict the next token at every position.
 
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
-            labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
+            labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside. Of packed
+                sequences, none predicts a label of the next.
             logits_to_keep: Compute logits for that many last positions only, or for the positions of a 1-d tensor;
                 0 means all.
-            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``, ``shift_labels``).
+            loss_chunk_size: With labels, compute the loss from the logits of so many tokens at a time, and return no
+                logits (default: the configuration's).
+            **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``, ``shift_labels``,
+                ``label_smoothing``, which is the configuration's by default).
 
         Returns:
-            ``logits`` ``[B, S or kept, V]`` in the model's dtype, ``loss`` if there are labels, ``past_key_values``.
+            ``logits`` ``[B, S or kept, V]`` in the model's dtype, None if the loss was computed in chunks; ``loss`` if
+            there are labels; ``past_key_values``.
 
         Raises:
-            ValueError: As `MistralModel`; or a label lies outside the vocabulary.
+            ValueError: As `MistralModel`; a label lies outside the vocabulary; or a loss function of one's own is to
+                be computed in chunks.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -132,11 +204,18 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = linear(self.lm_head, outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            check_labels(labels, logits.shape[-1])
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        hidden_states = outputs.last_hidden_state[:, kept]
+        loss = logits = None
+        if labels is None:
+            self._speak_of_missing_labels()
+            logits = linear(self.lm_head, hidden_states)
+        else:
+            check_labels(labels, self.config.vocab_size)
+            if position_ids is not None and attention_mask is None and position_ids.shape[-1] == labels.shape[-1]:
+                following = kwargs.get("shift_labels")
+                following = next_labels(labels) if following is None else following
+                kwargs["shift_labels"] = within_sequences(following, position_ids)
+            loss, logits = self._loss(hidden_states, labels, loss_chunk_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -144,6 +223,32 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _speak_of_missing_labels(self) -> None:
+        if self.training and self.config.loss_chunk_size is not None and torch.is_grad_enabled():
+            warnings.warn(
+                f"loss_chunk_size={self.config.loss_chunk_size} saves nothing here: without labels, all logits are"
+                " computed. Trainer keeps the labels to itself with label_smoothing_factor (set the configuration's"
+                " label_smoothing in its place) and compute_loss_func.",
+                stacklevel=2,
+            )
+
+    def _loss(
+        self, hidden_states: Tensor, labels: Tensor, chunk_size: int | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss, and the logits unless it was computed in chunks."""
+        chunk_size = self.config.loss_chunk_size if chunk_size is None else chunk_size
+        if self.config.label_smoothing:
+            kwargs.setdefault("label_smoothing", self.config.label_smoothing)
+        if chunk_size is None:
+            logits = linear(self.lm_head, hidden_states)
+            return self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs), logits
+        if self.loss_function is not language_model_loss:
+            raise ValueError(
+                f"loss_chunk_size={chunk_size} computes the usual cross-entropy, but the model's loss_function is"
+                f" {self.loss_function!r}, which needs all logits: set loss_chunk_size to None."
+            )
+        return chunked_language_model_loss(hidden_states, self.lm_head, labels, chunk_size, **kwargs), None
 
     def create_masks_for_generate(
         self,
@@ -180,6 +285,9 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
             asked = getattr(generation_config, "max_cache_len", None) or 0
             capacity = max(max_cache_length, asked, getattr(self, "_previous_max_cache_length", 1))
             self._previous_max_cache_length = capacity
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.all():  # asked once here, so that no step has to
+            del model_kwargs["attention_mask"]
         cache = RollingCache(self.config, max_cache_len=capacity, offloading=kind is not None and "offloaded" in kind)
         if capacity is not None and generation_config.prefill_chunk_size is not None:
             self._allocate_now(cache, rows)
@@ -191,8 +299,10 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
     def _allocate_now(self, cache: RollingCache, batch_size: int) -> None:
         """Allocate a static cache before a compiled prefill, whose graph cannot do it."""
         head_dim = _head_shape(self.config)[2]
-        heads = self.get_submodule("model.layers.0.self_attn.k_proj").out_features // head_dim
-        cache.early_initialization(batch_size, heads, head_dim, self.dtype, self.device)
+        projection = self.get_submodule("model.layers.0.self_attn.k_proj")
+        split = hasattr(projection.weight, "to_local")  # tensor parallelism: only this rank's heads
+        features = projection.weight.to_local().shape[0] if split else projection.out_features
+        cache.early_initialization(batch_size, features // head_dim, head_dim, self.dtype, self.device)
 
 
 class MistralForSequenceClassification(MistralPreTrainedModel):
@@ -288,6 +398,7 @@ class MistralForTokenClassification(MistralPreTrainedModel):
         self.dropout = nn.Dropout(_first_set(config, "classifier_dropout", "hidden_dropout", default=0.1))
         bias = getattr(config, "token_classification_bias", True)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
+        self.loss_function = token_classification_loss
         self.post_init()
 
     @can_return_tuple
@@ -341,6 +452,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         super().__init__(config)
         self.model = MistralModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.loss_function = question_answering_loss
         self.post_init()
 
     @can_return_tuple
@@ -380,9 +492,6 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            length = start_logits.shape[1]  # the loss function ignores this place and what lies behind it
-            start_positions = start_positions.masked_fill(start_positions < 0, length)
-            end_positions = end_positions.masked_fill(end_positions < 0, length)
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -596,7 +705,8 @@ class MistralModel(MistralPreTrainedModel):
             attention_mask: ``[B, total]``, nonzero for real tokens, `total` being the cached tokens and the new ones;
                 or a mask ``[B or 1, H or 1, S, T]`` of one's own, boolean or additive.
             position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
-                restart (without mask and cache) mark packed sequences, which do not see each other.
+                restart (without mask and cache) mark packed sequences, which do not see each other, and of which no
+                cache is returned.
             past_key_values: The cached tokens; new ones are added to it in place.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
             use_cache: Return a cache, made if `past_key_values` is None (default: ``config.use_cache``).
@@ -607,7 +717,7 @@ class MistralModel(MistralPreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
-                does not cover the tokens.
+                does not cover the tokens, or contradicts positions that restart; or packed sequences without positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(
@@ -615,9 +725,15 @@ class MistralModel(MistralPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(self._checked(cast(Tensor, input_ids)))
-        if use_cache and past_key_values is None:
+        if position_ids is None and "flash" not in self.config._attn_implementation:
+            _require_positions(kwargs)
+        segments = _packed_segments(position_ids, attention_mask, past_key_values, inputs_embeds.shape[0])
+        if segments is None and position_ids is None:
+            segments = _flattened_segments(kwargs.get("cu_seq_lens_q"), inputs_embeds)
+        mask = self.attention_mask(inputs_embeds, attention_mask, past_key_values, segments, **kwargs)
+        if use_cache and past_key_values is None and (segments is None or torch.compiler.is_compiling()):
             past_key_values = RollingCache(self.config)
-        mask = self.attention_mask(inputs_embeds, attention_mask, past_key_values, position_ids, **kwargs)
+        self._notice_length(past_key_values, inputs_embeds.shape[1])
         if position_ids is None:
             position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -641,17 +757,16 @@ class MistralModel(MistralPreTrainedModel):
         inputs_embeds: Tensor,
         attention_mask: Any = None,
         past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
+        segments: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The mask that all layers share, as the attention implementation wants it; see `attention.make_mask`."""
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4):
             return attention_mask
+        if kwargs.get("cache") is not None:  # continuous batching, whose kernels need no mask
+            return None
         length = inputs_embeds.shape[1]
         layout = _key_layout(past_key_values, length)
-        segments = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
-            segments = _packed_segments(position_ids, inputs_embeds.shape[0])
         wanted = kwargs.get("output_attentions")
         return make_mask(
             self.config._attn_implementation,
@@ -663,6 +778,17 @@ class MistralModel(MistralPreTrainedModel):
             weights_wanted=self.config.output_attentions if wanted is None else wanted,
             config=self.config,
         )
+
+    def _notice_length(self, cache: Cache | None, length: int) -> None:
+        """Say once that a text has become longer than what the model was made for."""
+        if torch.compiler.is_compiling():
+            return
+        seen, limit = 0 if cache is None else cache.get_seq_length(), self.config.max_position_embeddings
+        if isinstance(seen, int) and seen + length > limit:
+            logger.warning_once(
+                f"The text has passed max_position_embeddings={limit}, the longest that this model was made for. It is"
+                " carried on, but may get worse; rope_parameters can stretch the positions."
+            )
 
     def _checked(self, input_ids: Tensor) -> Tensor:
         if input_ids.ndim != 2:
@@ -682,7 +808,7 @@ def _key_layout(cache: Cache | None, length: int) -> KeyLayout:
     slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
     if isinstance(query_start, Tensor) and length > 1 and slots == 0 and not torch.compiler.is_compiling():
         query_start = int(query_start)
-    return KeyLayout(query_start, key_start, total, slots)
+    return KeyLayout(query_start, key_start, total, slots, cached=True)
 
 
 def _real_tokens(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -> Tensor | None:
@@ -702,7 +828,8 @@ def _real_tokens(attention_mask: Tensor | None, start: Any, inputs_embeds: Tenso
             f" {start + length} columns, those of the cached tokens first."
         )
     real = attention_mask.to(device=device, dtype=torch.bool)
-    if not torch.compiler.is_compiling() and real.all():
+    may_wait = device.type == "cpu" or length > 1  # a decoding step must not wait for an accelerator
+    if may_wait and not torch.compiler.is_compiling() and real.all():
         return None
     return real
 
@@ -718,12 +845,55 @@ def _positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) 
     return (torch.arange(length, device=device) + start)[None]
 
 
-def _packed_segments(position_ids: Tensor, batch: int) -> Tensor | None:
+def _packed_segments(
+    position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, batch: int
+) -> Tensor | None:
     """Number of the packed sequence of every token, ``[B, S]``, or None if no row has more than one."""
+    if position_ids is None or cache is not None or position_ids.shape[-1] == 1:
+        return None
+    if attention_mask is not None:
+        if isinstance(attention_mask, Tensor) and attention_mask.shape == (batch, position_ids.shape[-1]):
+            _require_one_sequence(position_ids, attention_mask.bool())
+        return None
     segments = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
     if not torch.compiler.is_compiling() and not segments[:, -1].any():
         return None
     return segments.expand(batch, -1)
+
+
+def _flattened_segments(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+    """The same from the bounds ``[N + 1]`` of N sequences in one row, for attention that needs no positions for it."""
+    if bounds is None:
+        return None
+    batch, length = inputs_embeds.shape[:2]
+    if batch != 1:
+        raise ValueError(f"cu_seq_lens_q gives the bounds of sequences in one row, but there are {batch} rows.")
+    return torch.bucketize(torch.arange(length, device=bounds.device), bounds[1:], right=True)[None]
+
+
+def _require_positions(keywords: dict[str, Any]) -> None:
+    """What a collator says about packed sequences is of no use to masks unless positions restart."""
+    for name in ("cu_seq_lens_q", "seq_idx"):
+        if keywords.get(name) is not None:
+            raise ValueError(
+                f"{name} says that sequences are packed, but there are no position_ids, without which they would see"
+                " each other: let the collator return them (DataCollatorWithFlattening(return_position_ids=True))."
+            )
+
+
+def _require_one_sequence(position_ids: Tensor, real: Tensor) -> None:
+    """Under a 2-d mask, all real tokens of a row see each other, so that their positions must not restart."""
+    if torch.compiler.is_compiling():
+        return
+    places = position_ids.to(real.device).expand(real.shape).masked_fill(~real, -1)
+    restarts = real[:, 1:] & (places[:, 1:] <= places.cummax(dim=-1).values[:, :-1])
+    if restarts.any():
+        row, place = restarts.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {place + 1}] restarts at {places[row, place + 1].item()}, as in packed sequences, but"
+            " the attention_mask lets these see each other. Pack without an attention_mask (DataCollatorWithFlattening,"
+            " or TRL's packing and padding_free), or leave out position_ids if a row is one sequence."
+        )
 
 
 MistralPreTrainedModel._can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MistralAttention}

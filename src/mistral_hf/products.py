@@ -94,5 +94,7 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_states = multiply(gradient, weight.t())
         if ctx.needs_input_grad[1]:
-            of_weight = multiply(gradient.flatten(0, -2).t(), states.flatten(0, -2).t())
+            left, right = gradient.flatten(0, -2).t(), states.flatten(0, -2).t()  # [O, M], [I, M]
+            # oneDNN copies its first factor into rows: the smaller one.
+            of_weight = multiply(left, right) if len(left) <= len(right) else multiply(right, left).t()
         return of_states, of_weight

@@ -1,0 +1,192 @@
+"""Attention through the FlashAttention-2 kernels.
+
+Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim, W window, N sequences.
+
+The mask of this implementation is a plan: the bounds that the kernels are told, made once a forward pass and shared by
+all layers. The plan of a decoding step neither copies a buffer nor makes the host wait for the device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import AttentionInterface
+
+from .attention import ALL_ATTENTION_FUNCTIONS, MASKS, KeyLayout
+from .flash_kernels import NAME, KeyRanges, Sequences, check_model, check_states, find_kernels
+
+
+def flash_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention through the FlashAttention-2 kernels; arguments as `attention.eager_attention_forward`.
+
+    The mask is a plan of `make_plan`. Under autocast, the states are taken in its dtype.
+
+    Returns:
+        ``[B, S, H, D]``, and None.
+
+    Raises:
+        ValueError: The mask is no plan; or dtype, device, heads or dropout are not what the kernels take.
+    """
+    if kwargs.get("cache") is not None:  # continuous batching keeps the keys of its requests in a paged cache
+        paged = AttentionInterface._global_mapping[NAME]
+        return paged(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if not isinstance(attention_mask, Sequences | KeyRanges):
+        raise ValueError(
+            f"{NAME} takes no mask of one's own ({type(attention_mask).__name__}): pass a mask [batch, tokens] of the"
+            " padding, or choose attn_implementation='sdpa'."
+        )
+    kernels = find_kernels()
+    if query.device.type != kernels.device_type:
+        raise ValueError(
+            f"{NAME} runs on {kernels.device_type}, and the model is on {query.device}: move it with"
+            f" model.to({kernels.device_type!r}), or choose attn_implementation='sdpa'."
+        )
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    check_states(query.dtype, query.shape[3])
+    return attention_mask.attend(kernels, query, key, value, scaling, dropout), None
+
+
+def make_plan(
+    implementation: str,
+    hidden_states: Tensor,
+    layout: KeyLayout,
+    window: int | None,
+    padding: Tensor | None = None,
+    segments: Tensor | None = None,
+    weights_wanted: bool = False,
+    **library_arguments: Any,
+) -> Sequences | KeyRanges:
+    """The plan of a forward pass; arguments as `attention.make_mask`.
+
+    Raises:
+        ValueError: The attention weights are wanted; or there is padding that the kernels cannot leave out: behind
+            tokens that stay in a cache, or between tokens that a window counts.
+    """
+    if weights_wanted:
+        raise ValueError(f"{NAME} cannot return attention weights: choose attn_implementation='eager' for them.")
+    batch, length = hidden_states.shape[:2]
+    if padding is not None and layout.cached:
+        _require_left_padding(padding, may_wait=length > 1)
+    if length == 1 and not torch.is_grad_enabled():
+        return _key_ranges(batch, layout, window, padding, hidden_states.device)
+    if layout.cached:
+        return _cached_sequences(batch, length, layout, window, padding, hidden_states.device)
+    if padding is None and segments is None:
+        return _whole_rows(batch, length, length, window, hidden_states.device)
+    return _kept_sequences(batch, length, window, padding, segments, hidden_states.device)
+
+
+def _require_left_padding(padding: Tensor, may_wait: bool) -> None:
+    """Raise for padding behind real tokens; an accelerator asserts it by itself where nothing may wait for it."""
+    if torch.compiler.is_compiling():
+        return
+    wrong = (padding[:, :-1] & ~padding[:, 1:]).any()
+    message = (
+        f"{NAME} generates from a cache with padding on the left only, and the attention mask has padding to the right"
+        ' of real tokens: set tokenizer.padding_side = "left".'
+    )
+    if padding.device.type != "cpu" and not may_wait:
+        torch._assert_async(~wrong, message)
+    elif wrong:
+        raise ValueError(message)
+
+
+def _whole_rows(batch: int, queries: int, keys: int, window: int | None, device: torch.device) -> Sequences:
+    """Every row is a sequence, and its queries are the last of its tokens."""
+    number = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return Sequences(number * queries, number * keys, queries, keys, window)
+
+
+def _kept_sequences(
+    batch: int, length: int, window: int | None, padding: Tensor | None, segments: Tensor | None, device: torch.device
+) -> Sequences:
+    """Without cached keys: the real tokens alone, every packed segment of a row a sequence."""
+    rows = torch.arange(0, batch * length, length, device=device)[:, None].expand(batch, length)
+    sequence, kept = (rows if segments is None else rows + segments).flatten(), None
+    if padding is not None:
+        begins = padding[:, 0].long() + (padding[:, 1:] & ~padding[:, :-1]).sum(dim=-1)
+        if (begins.sum() == 0) or (window is not None and (begins > 1).any()):
+            raise ValueError(
+                f"The attention mask has {'padding between real tokens' if begins.any() else 'no real tokens'}, which"
+                f" {NAME} cannot handle: choose attn_implementation='sdpa'."
+            )
+        kept = padding.flatten().nonzero()[:, 0]
+        sequence = sequence[kept]
+    counts = sequence.unique_consecutive(return_counts=True)[1]
+    bounds, longest = nn.functional.pad(counts.cumsum(0), (1, 0)).int(), int(counts.max())
+    return Sequences(bounds, bounds, longest, longest, window, kept)
+
+
+def _cached_sequences(
+    batch: int, length: int, layout: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
+) -> Sequences:
+    """Queries after cached keys. A row's padding and empty slots are sequences of their own, without a query."""
+    total, end = layout.length, layout.query_start + length
+    if padding is None and layout.slots == 0 and isinstance(end, int) and layout.key_start + total == end:
+        return _whole_rows(batch, length, total, window, device)
+    keys, order = layout.indices(length, device), None
+    if layout.slots:
+        order = keys.argsort()  # the empty slots come last
+        keys = keys[order]
+    first = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else _leading(padding)
+    unseen = (keys < first[:, None]).sum(dim=-1)
+    behind = (keys >= end).sum().expand(batch)
+    none = torch.zeros_like(unseen)
+    return Sequences(
+        _bounds(none, none + length, none),  # the queries of padding see no key, and get zeros
+        _bounds(unseen, total - unseen - behind, behind),
+        max(length, 2),  # 1 would promise the kernels one query of every sequence
+        total,
+        window,
+        order=order,
+    )
+
+
+def _bounds(*counts: Tensor) -> Tensor:
+    """Where each of the sequences begins, and where the last ends, of ``[B]`` tokens of each kind a row."""
+    return nn.functional.pad(torch.stack(counts, dim=1).flatten().cumsum(0), (1, 0)).int()
+
+
+def _leading(padding: Tensor) -> Tensor:
+    """Number of tokens before the first real one of every row."""
+    return (padding.cumsum(dim=-1) == 0).sum(dim=-1)
+
+
+def _key_ranges(
+    batch: int, layout: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
+) -> KeyRanges:
+    """The keys that the one query of every row sees, in chronological order or in slots."""
+    query, total = layout.query_start, layout.length
+    first = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else _leading(padding)
+    if window is not None:
+        first = first.clamp(min=query - window + 1)
+    count = (query + 1 - first).clamp(0, total)
+    everything = padding is None and (window is None or total <= window)
+    if everything:
+        starts, lengths = None, count
+    elif layout.slots == 0 or window is None:
+        starts, lengths = (first - layout.key_start).clamp(min=0), count
+    else:  # from the first key's slot to the end of the buffer, and from its beginning
+        starts = first % total
+        lengths = torch.minimum(count, total - starts)
+        starts = torch.stack([torch.zeros_like(starts), starts], dim=1)
+        lengths = torch.stack([count - lengths, lengths], dim=1)
+    lengths = lengths.view(batch, -1).int()
+    return KeyRanges(None if starts is None else starts.view(batch, -1).int(), lengths, {})
+
+
+# What attention implementations ask of a model, given its dtype and head_dim.
+REQUIREMENTS = {NAME: check_model}
+ALL_ATTENTION_FUNCTIONS[NAME] = flash_attention_forward
+MASKS[NAME] = make_plan
