@@ -216,7 +216,8 @@ CORE: dict[str, set[str]] = {
     "cache": set(),
     "losses": {"products"},
     "products": set(),
-    "modeling_mistral": {"configuration_mistral", "attention", "flash", "cache", "losses", "products"},
+    "places": {"attention", "cache"},
+    "modeling_mistral": {"configuration_mistral", "attention", "flash", "cache", "losses", "places", "products"},
     "registration": {"configuration_mistral", "modeling_mistral"},
 }
 ROOMS = {

@@ -193,7 +193,7 @@ def test_two_devices_train_as_one() -> None:
 
 
 def test_the_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--epochs", "2", "--examples", "96"])
+    monkeypatch.setattr(sys, "argv", [EXAMPLE.name, "--examples", "160"])
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     output = capsys.readouterr().out
     assert "Epoch 2/2" in output

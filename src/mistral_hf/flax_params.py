@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
 from .checkpoints import Shape
 
@@ -82,20 +82,21 @@ class Stacker:
         self.arrays: dict[str, Array] = {}
 
     def put(self, name: str, layer: int | None, tensor: Any) -> None:
-        """Add a tensor, as the weight `name` or as one layer of it."""
+        """Add a tensor, as the weight `name` or as one layer of it, and wait until it may be dropped."""
         tensor = tensor if tensor.dtype == self._dtype else tensor.astype(self._dtype)
         place = self._places[name]
         if layer is None:
             self.arrays[name] = jax.device_put(tensor, place)
-            return
-        if name not in self.arrays:
-            self.arrays[name] = jnp.zeros((self._layers, *tensor.shape), self._dtype, device=place)
-        self.arrays[name] = _set_layer(self.arrays[name], tensor, layer)
+        else:
+            if name not in self.arrays:
+                self.arrays[name] = jnp.zeros((self._layers, *tensor.shape), self._dtype, device=place)
+            self.arrays[name] = _set_layer(self.arrays[name], tensor, layer)
+        self.arrays[name].block_until_ready()
 
 
 @partial(jax.jit, donate_argnums=0)
 def _set_layer(stack: Array, tensor: Array, layer: Any) -> Array:
-    return stack.at[layer].set(tensor)
+    return lax.dynamic_update_index_in_dim(stack, tensor, layer, axis=0)
 
 
 def tensors_of(abstract: Params, layers: int, stacked: bool) -> dict[str, tuple[str, int | None, Shape]]:
