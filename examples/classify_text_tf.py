@@ -40,7 +40,7 @@ def main() -> None:
     data = tf.data.Dataset.from_tensor_slices({**inputs, "labels": labels})
     train, test = data.take(options.examples).batch(16), data.skip(options.examples).batch(16)
 
-    model.compile(keras.optimizers.AdamW(3e-4), metrics=["accuracy"])
+    model.compile(keras.optimizers.AdamW(6e-4), metrics=["accuracy"])
     model.fit(train, epochs=options.epochs, shuffle=False)
     accuracy = model.evaluate(test, return_dict=True, verbose=0)["accuracy"]
     print(f"right: {accuracy:.0%} of {len(labels) - options.examples} passages")

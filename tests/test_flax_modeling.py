@@ -144,6 +144,18 @@ def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | N
     assert differences(logits, oracle(model, batch), batch["attention_mask"]) < 2e-5
 
 
+def test_positions_begin_at_the_first_real_token() -> None:
+    """Also if a row has none in the first pieces of a cached prompt, and after the buffer has wrapped."""
+    mask = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], bool)
+    expected = np.array([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]])
+    assert np.array_equal(flax_layers.positions_of(mask), expected)
+    cache = flax_attention.empty_cache(1, False, (2, 1, 3, 4), "float32")
+    for start, end in [(0, 2), (2, 3), (3, 5), (5, 6)]:
+        cache = cache.mark(mask[:, start:end])
+        assert np.array_equal(cache.positions(end - start), expected[:, start:end])
+    assert np.array_equal(cache.real, [[True] * 3] * 2)
+
+
 def test_a_cached_mask_may_cover_the_cached_tokens(twin: Any, batch: Any) -> None:
     inputs = arrays(batch)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -43,11 +43,14 @@ def test_snippets_run(number, first_snippet, hub_stand_in):
         compile(code, "README.md", "exec")
         return
     assert bool(HUB_ID.search(code)) == bool(hub), "mark a snippet that loads from the hub with <!-- hub -->"
-    if "BitsAndBytesConfig" in code:
-        pytest.importorskip("bitsandbytes")
+    for needed, module in (("BitsAndBytesConfig", "bitsandbytes"), ("flax_model", "flax"), ("tf_model", "tensorflow")):
+        if needed in code:
+            pytest.importorskip(module)
     names = {} if hub else dict(first_snippet)
     exec(compile(HUB_ID.sub(repr(str(hub_stand_in)), code), f"README.md snippet {number}", "exec"), names)
-    if "encode_conversation" in code:
+    if "flax_model" in code or "tf_model" in code:
+        assert len(names["sequences"]) == 2
+    elif "encode_conversation" in code:
         assert names["ids"][0] == 1
         assert len(names["ids"]) > 5
     else:

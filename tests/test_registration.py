@@ -224,7 +224,7 @@ ROOMS = {
     **CORE,
     "__init__": {
         *("bundled", "configuration_mistral", "cache", "chat", "modeling_mistral", "registration"),
-        "modeling_flax_mistral",
+        *("modeling_flax_mistral", "modeling_tf_mistral"),
     },
     "weights": {"configuration_mistral"},
     "params": {"weights"},
@@ -249,7 +249,16 @@ ROOMS = {
         *("flax_attention", "flax_layers", "flax_losses", "flax_outputs", "flax_params", "flax_programs"),
         "flax_sharding",
     },
-    "modeling_tf_mistral": {"configuration_mistral", "weights", "checkpoints", "output", "ports"},
+    "tf_attention": set(),
+    "tf_layers": {"configuration_mistral", "ports", "tf_attention"},
+    "tf_losses": {"configuration_mistral"},
+    "tf_choice": {"ports"},
+    "tf_beam_search": {"ports", "tf_attention", "tf_choice"},
+    "tf_generation": {"ports", "tf_attention", "tf_beam_search", "tf_choice"},
+    "tf_pretrained": {"configuration_mistral", "checkpoints", "output", "ports", "tf_layers"},
+    "modeling_tf_mistral": {
+        *("configuration_mistral", "tf_attention", "tf_generation", "tf_layers", "tf_losses", "tf_pretrained"),
+    },
 }
 FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras"}
 FORBIDDEN = {
@@ -258,7 +267,7 @@ FORBIDDEN = {
     "weights": FRAMEWORKS | {"safetensors", "transformers", "os", "io", "pathlib", "json"},
     "modeling_mistral": {"safetensors", "os", "io", "pathlib", "json", "flash_attn"},
     **{path.stem: {"torch", "tensorflow", "keras"} for path in SOURCE.glob("*flax*.py")},
-    "modeling_tf_mistral": {"torch", "jax", "flax"},
+    **{path.stem: {"torch", "jax", "flax"} for path in (*SOURCE.glob("tf_*.py"), SOURCE / "modeling_tf_mistral.py")},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

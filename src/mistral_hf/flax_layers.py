@@ -162,7 +162,7 @@ class MistralModule(nnx.Module):
         past = past_key_values
         cache = None if past is None else past.mark(mask)
         if position_ids is None:
-            position_ids = _positions(mask) if cache is None else cache.positions(count)
+            position_ids = positions_of(mask) if cache is None else cache.positions(count)
         cos, sin = self.rotary_emb(position_ids)
         context = Context(
             cos=cos,
@@ -233,7 +233,7 @@ class MistralModule(nnx.Module):
         return states, stored, collected if collect else (), attentions
 
 
-def _positions(mask: Array) -> Array:
+def positions_of(mask: Array) -> Array:
     """Positions ``[B, S]`` that begin at every row's first real token."""
     count = mask.shape[1]
     first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), count)

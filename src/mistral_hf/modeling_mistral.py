@@ -605,8 +605,9 @@ class MistralMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[B, S, E]`` to ``[B, S, E]``."""
-        gate, up = linear(self.gate_proj, hidden_states), linear(self.up_proj, hidden_states)
-        return linear(self.down_proj, self.act_fn(gate) * up)
+        gate = self.act_fn(linear(self.gate_proj, hidden_states))
+        up = linear(self.up_proj, hidden_states)
+        return linear(self.down_proj, gate * up if torch.is_grad_enabled() else gate.mul_(up))
 
 
 @use_kernel_forward_from_hub("RMSNorm")
@@ -620,7 +621,13 @@ class MistralRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == self.weight.dtype == torch.float32
+        if not on_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+        # On a CPU, PyTorch makes twice as many passes over it, each of them into new memory.
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
+        scale = norm.square_().div_(hidden_states.shape[-1]).add_(self.variance_epsilon).rsqrt_()
+        return (hidden_states * scale).mul_(self.weight)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
@@ -672,7 +679,7 @@ class MistralRotaryEmbedding(nn.Module):
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``[B, heads, S, D]`` states, the two halves of a head being the parts of D/2 complex numbers."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), sin)
+    return (states * cos).addcmul_(states.roll(states.shape[-1] // 2, dims=-1), sin)
 
 
 class MistralModel(MistralPreTrainedModel):

@@ -59,9 +59,7 @@ def positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -
     return (torch.arange(length, device=device) + start)[None]
 
 
-def packed_segments(
-    position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, batch: int
-) -> Tensor | None:
+def packed_segments(position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, batch: int) -> Tensor | None:
     """Number of the packed sequence of every token, ``[B, S]``, or None if no row has more than one."""
     if position_ids is None or cache is not None or position_ids.shape[-1] == 1:
         return None

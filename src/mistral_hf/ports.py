@@ -278,6 +278,7 @@ def prompt_bucket(length: int) -> int:
     """The length that a prompt is padded to on the left: prompts of similar lengths share a compiled program."""
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())
 
+
 ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 
