@@ -41,7 +41,7 @@ class TFMistralOutput(dict[str, Any]):
 # Keras takes results apart and puts them together again, as it does with dictionaries.
 optree.register_pytree_node(
     cast(Any, TFMistralOutput),
-    lambda output: (tuple(output.values()), tuple(output), tuple(output)),
+    lambda output: (tuple(cast(Any, output).values()), tuple(output), tuple(output)),
     lambda names, values: TFMistralOutput(zip(cast(Any, names), values, strict=True)),
     namespace="keras",
 )
