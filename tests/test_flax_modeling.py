@@ -82,7 +82,7 @@ def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) ->
     expected = theirs(states, model.model.rotary_emb(states, positions), attention_mask=mask)[0]
     cos, sin = twin.module.model.rotary_emb(array(positions))
     context = flax_layers.Context(cos, sin, jnp.ones((2, 7), bool), None, empty=True, weights_wanted=False)
-    assert differences(ours(array(states), context)[0], expected) < 1e-5
+    assert differences(jax.jit(lambda states: ours(states, context)[0])(array(states)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
@@ -126,7 +126,10 @@ def test_half_precision(make_model: Any, batch: Any, dtype: str) -> None:
 
 @pytest.mark.parametrize(("window", "scan_layers"), [(5, False), (5, True), (None, False)])
 def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | None, scan_layers: bool) -> None:
-    """A first chunk, single tokens, chunks shorter and longer than the window; the buffer wraps several times."""
+    """A first chunk, single tokens, chunks shorter and longer than the window; the buffer wraps several times.
+
+    Masks of the last pieces cover the cached tokens too.
+    """
     model = make_model(sliding_window=window)
     twin, inputs = flax_twin(model), arrays(batch)
     if scan_layers:
@@ -134,9 +137,9 @@ def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | N
     cache = twin.init_cache(2, LENGTH)
     assert cache.slots == (window or LENGTH)
     collected = []
-    for start, end in [(0, 3), (3, 4), (4, 5), (5, 12), (12, 13), (13, 14), (14, 17), (17, 18), (18, 19)]:
-        piece = {name: value[:, start:end] for name, value in inputs.items()}
-        output = twin(**piece, past_key_values=cache)
+    for start, end in [(0, 3), (3, 4), (4, 5), (5, 12), (12, 13), (13, 14), (14, 19)]:
+        mask = inputs["attention_mask"][:, 0 if start > 13 else start : end]
+        output = twin(inputs["input_ids"][:, start:end], mask, past_key_values=cache)
         cache = output.past_key_values
         collected.append(output.logits)
     logits = np.concatenate(collected, axis=1)
@@ -156,15 +159,6 @@ def test_positions_begin_at_the_first_real_token() -> None:
     assert np.array_equal(cache.real, [[True] * 3] * 2)
 
 
-def test_a_cached_mask_may_cover_the_cached_tokens(twin: Any, batch: Any) -> None:
-    inputs = arrays(batch)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    first = twin(ids[:, :10], mask[:, :10], past_key_values=twin.init_cache(2, LENGTH))
-    short = twin(ids[:, 10:], mask[:, 10:], past_key_values=first.past_key_values).logits
-    whole = twin(ids[:, 10:], mask, past_key_values=first.past_key_values).logits
-    assert np.array_equal(short, whole)
-
-
 def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
     inputs = arrays(batch)
     logits = twin(**inputs).logits
@@ -174,7 +168,7 @@ def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
     assert not np.allclose(twin(**inputs, position_ids=positions * 2).logits, logits, atol=1e-2)
 
 
-@pytest.mark.parametrize(("window", "past"), [(1, 0), (6, 5), (40, 5), (None, 0)])
+@pytest.mark.parametrize(("window", "past"), [(1, 0), (6, 5), (None, 0)])
 def test_attention_in_blocks(window: int | None, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are those of the whole mask, for lengths that do not divide into blocks."""
     count, total = 37, 37 + past
@@ -206,30 +200,36 @@ def test_no_mask_of_the_whole_input_is_built() -> None:
     assert memory < count * count / 4
 
 
-def test_gradients_are_pytorch_s(model: Any, twin: Any, batch: Any) -> None:
+@pytest.fixture(scope="module")
+def gradient(twin: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+    """The loss, and its gradient by dotted names."""
+    value, tree = jax.value_and_grad(lambda params: twin.loss(**arrays(batch), params=params))(twin.params)
+    return value, leaves(tree)
+
+
+def test_gradients_are_pytorch_s(model: Any, gradient: Any, batch: Any) -> None:
     labels = batch["input_ids"].clone()
     labels[1, :7] = -100  # padding, and the token that only padding precedes
     loss = model(**batch, labels=labels).loss
     model.zero_grad()
     loss.backward()
-    inputs = arrays(batch)
-    value, gradient = jax.value_and_grad(lambda params: twin.loss(**inputs, params=params))(twin.params)
-    assert abs(float(value) - loss.item()) < 1e-5
+    assert abs(float(gradient[0]) - loss.item()) < 1e-5
     for name, parameter in model.named_parameters():
-        assert differences(leaves(gradient)[name], parameter.grad) < 1e-5, name
+        assert differences(gradient[1][name], parameter.grad) < 1e-5, name
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"scan_layers": True}], ids=str)
-def test_remat_and_scan_change_no_gradient(model: Any, twin: Any, batch: Any, options: dict[str, bool]) -> None:
+def test_remat_and_scan_change_no_gradient(
+    model: Any, twin: Any, gradient: Any, batch: Any, options: dict[str, bool]
+) -> None:
     inputs = arrays(batch)
     other = flax_twin(model, **options) if "scan_layers" not in options else stacked(twin)
-    expected = jax.grad(lambda params: twin.loss(**inputs, params=params))(twin.params)
     found = jax.grad(lambda params: other.loss(**inputs, params=params))(other.params)
     name = "model.layers.1.self_attn.k_proj.weight"
     value = (
         leaves(found)["model.layers.self_attn.k_proj.weight"][1] if "scan_layers" in options else leaves(found)[name]
     )
-    np.testing.assert_allclose(value, leaves(expected)[name], atol=1e-6)
+    np.testing.assert_allclose(value, gradient[1][name], atol=1e-6)
     remat = "remat" in str(jax.make_jaxpr(lambda params: other(**inputs, params=params).logits)(other.params))
     assert remat == ("gradient_checkpointing" in options)
 

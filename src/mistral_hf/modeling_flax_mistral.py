@@ -359,7 +359,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
             new = search(programs, weights, ids, real, limit, key, streamer and streamer.put)
             if streamer is not None:
                 streamer.end()
-        return FlaxGenerateOutput(jnp.asarray(np.concatenate([prompt, new], axis=1)))
+        return FlaxGenerateOutput(np.concatenate([prompt, new], axis=1))
 
 
 def _given(value: bool | None, default: bool) -> bool:
