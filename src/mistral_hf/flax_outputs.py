@@ -64,8 +64,8 @@ class FlaxGenerateOutput(_Output):
     """What `generate` returns; a pytree.
 
     Attributes:
-        sequences: ``[B, prompt + new tokens]``, int32 of NumPy, as tokenizers decode it; rows that ended early are padded
-            on the right.
+        sequences: ``[B, prompt + new tokens]``, int32 of NumPy, as tokenizers decode it; rows that ended early are
+            padded on the right.
     """
 
     sequences: Any

@@ -113,7 +113,8 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         variables = model.named_weights()
         with open_weights(folder, {name: tuple(variable.shape) for name, variable in variables.items()}) as weights:
             for name, array in weights.stream():
-                variables[name].assign(tf.cast(tf.convert_to_tensor(array), variables[name].dtype))
+                variables[name].assign(array)
+                del array  # not held while the next one is read
             for name in weights.missing:
                 variables[name].assign(model.default_initializer()(variables[name].shape, variables[name].dtype))
             info = {"missing_keys": list(weights.missing), "unexpected_keys": list(weights.unexpected)}
