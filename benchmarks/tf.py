@@ -8,6 +8,8 @@ python -m benchmarks.tf --tiny         # tiny sizes, to see that everything runs
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from mistral_hf.checkpoints import TensorInfo
 from mistral_hf.output import LazyTensor
 from mistral_hf.ports import save_folder
 
-from .harness import REFERENCE, SUBJECT, Run, environment, in_fresh_process, interleave, ratio, relative_difference
+from .harness import REFERENCE, SUBJECT, Run, environment, interleave, ratio, relative_difference
 from .harness import write_json as write
 from .workloads import TINY, Generation, ModelCase, Prefill, Shape
 
@@ -62,7 +64,7 @@ def summary(result: dict[str, Any]) -> list[str]:
 
 def generation(tiny: bool) -> dict[str, Any]:
     """`generate` after a short prompt, one sequence."""
-    return beside(Generation(name="g", title="", group="", length=16, tokens=64, repeats=7), tiny, port_generation)
+    return beside(Generation(name="g", title="", group="", length=16, tokens=64), tiny, port_generation)
 
 
 def long_generation(tiny: bool) -> dict[str, Any]:
@@ -127,10 +129,12 @@ def port_prefill(model: Any, case: ModelCase) -> Run:
 
 
 def loading(tiny: bool) -> dict[str, Any]:
-    """Peak memory of a fresh process that loads a bfloat16 checkpoint in shards, and its seconds."""
+    """Peak memory of a fresh process without PyTorch that loads a bfloat16 checkpoint in shards, and its seconds."""
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(Path(folder) / "model", TINY if tiny else LARGE)
-        result = in_fresh_process(load, str(Path(folder) / "model"))
+        program = [sys.executable, "-c", LOAD, str(Path(folder) / "model")]
+        output = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result = json.loads(output.splitlines()[-1])
     return {"checkpoint_bytes": size, **result, "peak_over_size": result["peak_bytes"] / size}
 
 
@@ -158,15 +162,23 @@ def write_checkpoint(folder: Path, shape: Shape) -> int:
     return sum(tensor.info.nbytes for tensor in tensors)
 
 
-def load(folder: str) -> dict[str, float]:
-    """Load a checkpoint; for a fresh process."""
-    start = time.perf_counter()
-    model = TFMistralForCausalLM.from_pretrained(folder, dtype="bfloat16")
-    seconds = time.perf_counter() - start
-    assert model.variable_dtype == "bfloat16"
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    return {"seconds_to_load": seconds, "peak_bytes": peak}
+LOAD = """
+import json, sys, time
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] == "torch" else find(name, *rest))
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field + ":"))
+
+from mistral_hf import TFMistralForCausalLM
+before, start = memory("VmRSS"), time.perf_counter()
+model = TFMistralForCausalLM.from_pretrained(sys.argv[1], dtype="bfloat16")
+assert model.variable_dtype == "bfloat16"
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds_to_load": seconds, "bytes_before": before, "peak_bytes": memory("VmHWM")}))
+"""
 
 
 PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {

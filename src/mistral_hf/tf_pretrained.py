@@ -154,6 +154,11 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.compile`; without a loss, the model's own."""
+        self.loss = None  # Keras would keep that of an earlier call
+        super().compile(*args, **kwargs)
+
     def compute_loss(
         self,
         x: Any = None,
