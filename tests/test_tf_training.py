@@ -179,6 +179,9 @@ for strategy in (tf.distribute.get_strategy(), tf.distribute.MirroredStrategy(["
     with strategy.scope():
         model = mistral_hf.TFMistralForCausalLM(config)
         model.compile(keras.optimizers.SGD(0.2))
+        loaded = mistral_hf.TFMistralForCausalLM.from_pretrained(mistral_hf.BUNDLED_CHECKPOINT)
+    norm = float(tf.reduce_sum(tf.abs(loaded.model.norm.weight.value)))
+    assert norm > 1, norm
     losses = model.fit(data, epochs=2, verbose=0).history["loss"]
     print(strategy.num_replicas_in_sync, *losses, float(tf.reduce_sum(tf.abs(model.lm_head.weight.value))))
 """

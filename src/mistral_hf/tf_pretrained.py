@@ -17,6 +17,7 @@ from .output import LazyTensor
 from .ports import locate, open_weights, save_folder
 from .tf_layers import Tensor
 
+_ROWS = 1024  # of a weight that are written at once
 _FIELDS = ("loss", "logits", "last_hidden_state", "past_key_values", "hidden_states", "attentions")
 
 
@@ -113,7 +114,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         variables = model.named_weights()
         with open_weights(folder, {name: tuple(variable.shape) for name, variable in variables.items()}) as weights:
             for name, array in weights.stream():
-                variables[name].assign(array)
+                _fill(variables[name].value, array)
                 del array  # not held while the next one is read
             for name in weights.missing:
                 variables[name].assign(model.default_initializer()(variables[name].shape, variables[name].dtype))
@@ -238,6 +239,17 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
         return cls(**fields)
+
+
+def _fill(variable: Any, array: Any) -> None:
+    """Write an array into a variable some rows at a time: `assign` would hold it twice more, beside the old values."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        variable.assign(tf.cast(tf.convert_to_tensor(array), variable.dtype))
+        return
+    for first in range(0, len(array), _ROWS):
+        rows = tf.cast(tf.convert_to_tensor(array[first : first + _ROWS]), variable.dtype)
+        place = {"begin": [first], "end": [first + len(rows)], "strides": [1]}
+        tf.raw_ops.ResourceStridedSliceAssign(ref=variable.handle, value=rows, **place)
 
 
 def _policy(dtype: Any, config: MistralConfig) -> Any:
