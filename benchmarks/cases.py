@@ -16,6 +16,7 @@ SHORT = Generation(
 )
 EVERYDAY = (
     SHORT,
+    replace(SHORT, name="decode_short_fused", title="the same, our projections fused", fused=True),
     replace(SHORT, name="decode_short_compiled", title="the same, our step compiled", compiled=True),
     Prefill(name="prefill_short", title="prompt of 512 tokens", group="everyday", length=512, repeats=9),
     Prefill(

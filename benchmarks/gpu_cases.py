@@ -93,12 +93,16 @@ class GpuDecoding(GpuCase):
 
     Attributes:
         compiled: Run the step as one CUDA graph on static caches, and not eagerly on the default ones.
+        fused: The subject's projections are fused.
     """
 
     compiled: bool = False
+    fused: bool = False
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run takes `tokens` steps further; it returns the last logits ``[B, V]``."""
+        if version == SUBJECT:
+            (model.fuse_projections if self.fused else model.unfuse_projections)()
         cache = self.filled_cache(model, version)
         new = self.ids(self.tokens)
         forward = torch.compile(model.forward, **self.compiler_options()) if self.compiled else model.forward
@@ -200,6 +204,13 @@ DECODING = tuple(
     for batch in (1, 8, 32)
     for length in (1024, 8192, 32768)
 )
+FUSED = tuple(
+    replace(
+        case, name=f"{case.name}_fused", title=f"{case.title}, our projections fused", group="decode_fused", fused=True
+    )
+    for case in DECODING
+    if not case.compiled and case.length == 8192
+)
 PREFILL = tuple(
     GpuPrefill(
         name=f"prefill_{length // 1024}k_{label}",
@@ -223,7 +234,7 @@ CHUNKED = tuple(
     for case in PREFILL
     if case.length == 65536
 )
-CASES: tuple[GpuCase, ...] = (*DECODING, *PREFILL, *CHUNKED)
+CASES: tuple[GpuCase, ...] = (*DECODING, *FUSED, *PREFILL, *CHUNKED)
 
 
 def select(names: Sequence[str]) -> list[GpuCase]:

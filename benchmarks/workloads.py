@@ -163,14 +163,18 @@ class Generation(ModelCase):
     Attributes:
         chunk: ``prefill_chunk_size`` of both versions.
         compiled: The subject's step is compiled, the reference's is not.
+        fused: The subject's projections are fused.
     """
 
     chunk: int | None = None
     compiled: bool = False
+    fused: bool = False
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the new tokens ``[B, tokens]``."""
         prompt = self.ids(self.length)
+        if self.fused and version == SUBJECT:
+            model.fuse_projections()
 
         def generate(tokens: int = self.tokens) -> Tensor:
             options = {"max_new_tokens": tokens, "do_sample": False, "prefill_chunk_size": self.chunk}

@@ -156,6 +156,37 @@ def test_no_step_waits_for_the_gpu(implementation: str, lengths: tuple[int, int]
 
 
 @IMPLEMENTATIONS
+def test_fused_projections(implementation: str, make_model: Any, padded: Any) -> None:
+    model = make_model("ForCausalLM", implementation, head_dim=16).to("cuda", torch.bfloat16)
+    inputs = on_gpu(padded(30, 9))
+    wanted = {"return_dict_in_generate": True, "output_logits": True, **FREE}
+    expected = model.generate(**inputs, **wanted)
+    model.fuse_projections()
+    found = model.generate(**inputs, **wanted)
+    same = (found.sequences == expected.sequences)[:, 30:].cumprod(dim=1).bool()  # until rounding chose another token
+    for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
+        rows = same[:, step - 1] if step else slice(None)
+        torch.testing.assert_close(ours[rows], theirs[rows], rtol=5e-2, atol=1e-1)
+    assert same[:, 0].all()
+
+
+def test_liger_kernels(make_model: Any, padded: Any) -> None:
+    """What `TrainingArguments(use_liger_kernel=True)` puts into a model."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    model = make_model("ForCausalLM", head_dim=16).to("cuda").train()
+    inputs = on_gpu(padded(30, 9, side="right"))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    results = []
+    for fused in (False, True):
+        if fused:
+            liger._apply_liger_kernel_to_instance(model=model)
+        loss = model(**inputs, labels=labels).loss
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        results.append(torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("padding", [False, True])
 def test_the_static_step_is_one_cuda_graph(implementation: str, padding: bool, make_model: Any, padded: Any) -> None:
     """Traced once, nothing left out of the graph, the same before, at and after the wrap."""

@@ -7,23 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as plain_linear
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mistral_hf.products import linear
+from operators import Recorder
 
 WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def operators_of(work: Callable[[], Any]) -> set[str]:

@@ -44,10 +44,11 @@ from .losses import (
     within_sequences,
 )
 from .places import flattened_segments, key_layout, packed_segments, positions, real_tokens, require_positions
-from .products import linear
+from .products import fuse, fused_linear, is_plain, linear, require_fusible, unfuse
 
 logger = logging.get_logger(__name__)
 
+MLP_TOKENS = 2048  # of a long prompt, on a CPU, which the feed-forward layer takes at a time
 HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
 
@@ -116,6 +117,29 @@ class MistralPreTrainedModel(PreTrainedModel):
         dtype = self.config.dtype if is_init_check else self.dtype  # there are no weights yet to ask
         REQUIREMENTS[requested_attention](dtype, _head_shape(self.config)[2])
         return requested_attention
+
+    def fuse_projections(self) -> None:
+        """Let eager decoding steps read the query, key and value weights as one, and the gate and up weights.
+
+        For inference, once the model is where it stays (moving or casting it undoes this). Parameters, their names and
+        what is saved stay as they are; training and compiled steps use them one by one.
+
+        Raises:
+            ValueError: A projection is quantized, adapted, sharded or offloaded; nothing is changed then.
+        """
+        for layers in self._fusible():
+            require_fusible(layers)
+        for layers in self._fusible():
+            fuse(layers)
+
+    def unfuse_projections(self) -> None:
+        """Undo `fuse_projections`."""
+        for layers in self._fusible():
+            unfuse(layers)
+
+    def _fusible(self) -> list[tuple[nn.Module, ...]]:
+        kinds = (MistralAttention, MistralMLP)
+        return [module.fusible() for module in self.modules() if isinstance(module, kinds)]
 
 
 def _require_same_quantization(config: Any, wanted: Any) -> None:
@@ -564,10 +588,7 @@ class MistralAttention(nn.Module):
             ``[B, S, E]``, and the attention weights ``[B, H, S, T]`` of an implementation that has them.
         """
         batch, length = hidden_states.shape[:2]
-        by_head = (batch, length, -1, self.head_dim)
-        q = apply_rotary(linear(self.q_proj, hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
-        k = apply_rotary(linear(self.k_proj, hidden_states).view(by_head).transpose(1, 2), *position_embeddings)
-        v = linear(self.v_proj, hidden_states).view(by_head).transpose(1, 2)  # [B, K, S, D]
+        q, k, v = self._project(hidden_states, position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # [B, K, T, D]
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -585,6 +606,25 @@ class MistralAttention(nn.Module):
             **kwargs,
         )
         return linear(self.o_proj, output.reshape(batch, length, -1)), weights
+
+    def _project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries ``[B, H, S, D]``, rotated keys and values ``[B, K, S, D]``."""
+        by_head = (*hidden_states.shape[:2], -1, self.head_dim)
+        if hidden_states.shape[1] == 1:
+            fused = fused_linear(self.fusible(), hidden_states)
+            if fused is not None:
+                states = fused.view(by_head).transpose(1, 2)
+                kv_heads = self.k_proj.out_features // self.head_dim
+                rotated = apply_rotary(states[:, :-kv_heads], *position_embeddings)
+                return rotated[:, :-kv_heads], rotated[:, -kv_heads:], states[:, -kv_heads:]
+        q, k, v = (linear(layer, hidden_states).view(by_head).transpose(1, 2) for layer in self.fusible())
+        return apply_rotary(q, *position_embeddings), apply_rotary(k, *position_embeddings), v
+
+    def fusible(self) -> tuple[nn.Module, ...]:
+        """The layers that read the same input."""
+        return self.q_proj, self.k_proj, self.v_proj
 
 
 def _head_shape(config: MistralConfig) -> tuple[int, int, int]:
@@ -605,9 +645,27 @@ class MistralMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[B, S, E]`` to ``[B, S, E]``."""
-        gate = self.act_fn(linear(self.gate_proj, hidden_states))
-        up = linear(self.up_proj, hidden_states)
+        long = hidden_states.shape[1] > MLP_TOKENS and not torch.is_grad_enabled()
+        if not long or not is_plain(self.gate_proj, hidden_states):
+            return self._transform(hidden_states)
+        # Large buffers would come from the system anew at each operation, and be cleared by it.
+        output = torch.empty_like(hidden_states)
+        for piece, result in zip(hidden_states.split(MLP_TOKENS, 1), output.split(MLP_TOKENS, 1), strict=True):
+            result.copy_(self._transform(piece))
+        return output
+
+    def _transform(self, hidden_states: Tensor) -> Tensor:
+        fused = fused_linear(self.fusible(), hidden_states) if hidden_states.shape[1] == 1 else None
+        if fused is None:
+            gate, up = (linear(layer, hidden_states) for layer in self.fusible())
+        else:
+            gate, up = fused.chunk(2, dim=-1)
+        gate = self.act_fn(gate)
         return linear(self.down_proj, gate * up if torch.is_grad_enabled() else gate.mul_(up))
+
+    def fusible(self) -> tuple[nn.Module, ...]:
+        """The layers that read the same input."""
+        return self.gate_proj, self.up_proj
 
 
 @use_kernel_forward_from_hub("RMSNorm")

@@ -5,10 +5,14 @@ can read memory; the same weight as a batch of pieces is read at the full rate. 
 which PyTorch carries for its compiler, takes half the time of MKL's (see benchmarks/results/products.json). Everything
 else about a layer stays as it is: its parameters, their layout, and what is hooked or wrapped around it.
 
+Layers that read the same input can be fused on request: their weights then lie one behind the other in memory, which is
+all that it takes to read them as one. Whatever puts a weight elsewhere undoes it, and the layers are called one by one.
+
 Legend: M rows, I input features, O output features.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +35,7 @@ def linear(layer: nn.Module, states: Tensor) -> Tensor:
     Returns:
         ``[..., O]``.
     """
-    if not _is_plain(layer, states):
+    if not is_plain(layer, states):
         return layer(states)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
@@ -40,28 +44,104 @@ def linear(layer: nn.Module, states: Tensor) -> Tensor:
     return _product(states, weight)
 
 
-def _is_plain(layer: nn.Module, states: Tensor) -> bool:
-    """Whether nothing but a float32 product on a CPU is asked for, and nobody else wants to see the call."""
-    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
+def is_plain(layer: nn.Module, states: Tensor) -> bool:
+    """Whether `linear` computes the product by itself: float32 on a CPU, and nobody else wants to see the call."""
+    if not _is_bare(layer) or torch.is_autocast_enabled("cpu"):
         return False
-    weight = layer.weight
+    weight: Tensor = layer.weight  # type: ignore[assignment]
     if not states.dtype == weight.dtype == torch.float32 or not states.device.type == weight.device.type == "cpu":
         return False
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return False
-    if torch.is_autocast_enabled("cpu") or "forward" in layer.__dict__:
-        return False
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler does as well as oneDNN, but reads a single row's weight as MKL does
+    if torch.compiler.is_compiling():  # the compiler equals oneDNN, but reads a single row's weight as MKL does
         return not torch.compiler.is_exporting() and states.numel() == weight.shape[1]
-    return (
-        type(states) is Tensor
-        and states.numel() > 0
-        and not (torch.jit.is_tracing() or nn.modules.module._has_any_global_hook())
-        and not torch._C._are_functorch_transforms_active()
-        and torch.backends.mkldnn.is_available()
-    )
+    return states.numel() > 0 and _is_eager(states) and torch.backends.mkldnn.is_available()
+
+
+def _is_bare(layer: nn.Module) -> bool:
+    """Whether it is the library's linear layer itself, without a bias, and nothing is wrapped or hooked around it."""
+    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
+        return False
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return not any(hooks) and "forward" not in layer.__dict__
+
+
+def _is_eager(states: Tensor) -> bool:
+    """Whether nothing watches or transforms the operators that run."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    watched = tracing or nn.modules.module._has_any_global_hook()
+    return type(states) is Tensor and not watched and not torch._C._are_functorch_transforms_active()
+
+
+def fuse(layers: Sequence[nn.Module]) -> None:
+    """Put the weights of layers that read the same input one behind the other in memory, for `fused_linear`.
+
+    Names, shapes and values stay.
+
+    Raises:
+        ValueError: A layer is more than a plain `nn.Linear`, or the weights differ in dtype or device.
+    """
+    require_fusible(layers)
+    weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+    together = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
+        weight.data = part
+
+
+def require_fusible(layers: Sequence[nn.Module]) -> None:
+    """Raise what `fuse` raises."""
+    for layer in layers:
+        if not _is_bare(layer):
+            raise ValueError(
+                f"{type(layer).__name__} cannot be fused with its neighbours: it is quantized, adapted, sharded, hooked"
+                " or offloaded. Merge adapters first, or leave the projections as they are."
+            )
+    kinds = {f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers}
+    if len(kinds) > 1:
+        raise ValueError(f"Layers with weights of {', '.join(sorted(kinds))} cannot be fused: make them alike first.")
+
+
+def unfuse(layers: Sequence[nn.Module]) -> None:
+    """Give the weights of fused layers memory of their own again."""
+    if _as_one(layers) is not None:
+        for layer in layers:
+            layer.weight.data = layer.weight.data.clone()  # type: ignore[operator, union-attr]
+
+
+def fused_linear(layers: Sequence[nn.Module], states: Tensor) -> Tensor | None:
+    """The outputs of fused layers, next to each other, from one product; without gradients.
+
+    Args:
+        layers: What `fuse` was given.
+        states: ``[..., I]``.
+
+    Returns:
+        ``[..., sum of all O]``; or None if the layers have to be called one by one: they are not fused, or are more
+        than plain layers, or gradients are wanted, or the call is being compiled.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    weight = _as_one(layers)
+    if weight is None or torch.is_autocast_enabled(states.device.type) or not _is_eager(states):
+        return None
+    return _product(states, weight) if is_plain(layers[0], states) else F.linear(states, weight)
+
+
+def _as_one(layers: Sequence[nn.Module]) -> Tensor | None:
+    """The weights of fused layers as one ``[sum of all O, I]``, which reads their memory; None if they are apart."""
+    if type(layers[0]) is not nn.Linear or type(layers[1]) is not nn.Linear:
+        return None
+    first = layers[0].weight
+    if layers[1].weight.data_ptr() != first.data_ptr() + first.nbytes or not all(map(_is_bare, layers)):
+        return None
+    rows, end = 0, first.data_ptr()
+    for layer in layers:
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if weight.data_ptr() != end or weight.dtype != first.dtype or not weight.is_contiguous():
+            return None
+        rows, end = rows + len(weight), end + weight.nbytes
+    storage = first.untyped_storage()
+    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
+        return None
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def _product(states: Tensor, weight: Tensor) -> Tensor:
