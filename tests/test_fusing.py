@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import mistral_hf.modeling_mistral
 from mistral_hf import RollingCache
-from mistral_hf.products import fuse, fused_linear, linear, unfuse
+from mistral_hf.products import fuse, fused_linear
 from operators import Recorder
 
 WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
@@ -145,21 +145,14 @@ def test_weights_of_several_dtypes_are_refused(make_model: Any) -> None:
         model.fuse_projections()
 
 
-def test_neighbours_by_chance_are_not_read_as_one() -> None:
-    """Two allocations one behind the other, as accelerators make them."""
-    layers = [nn.Linear(16, 4, bias=False), nn.Linear(16, 4, bias=False)]
-    memory, states = bytearray(2 * 4 * 16 * 4), torch.randn(2, 16)
-    for index, layer in enumerate(layers):
-        weight = torch.frombuffer(memory, dtype=torch.float32, count=64, offset=index * 256).view(4, 16)
-        layer.weight.data = weight.normal_()
-    with torch.no_grad():
-        assert fused_linear(layers, states) is None
-        fuse(layers)
-        found = fused_linear(layers, states)
-        assert found is not None
-        torch.testing.assert_close(found, torch.cat([linear(layer, states) for layer in layers], dim=-1))
-        unfuse(layers)
-        assert fused_linear(layers, states) is None
+def test_the_memory_of_moved_weights_is_let_go(make_model: Any, token_ids: Any) -> None:
+    model = make_model()
+    model.fuse_projections()
+    fused = [weight.fused for weight in model.parameters() if hasattr(weight, "fused")]
+    assert len(fused) == 2 * model.config.num_hidden_layers
+    model.bfloat16()
+    decode(model, token_ids(1, 9))
+    assert not any(hasattr(weight, "fused") for weight in model.parameters())
 
 
 def test_gradients_and_autocast_call_the_layers_one_by_one(make_model: Any) -> None:

@@ -1,5 +1,6 @@
 """The command line: ``mistral-hf generate | chat | convert | info``. What a command needs is imported when it runs."""
 
+import logging
 import os
 import platform
 import shutil
@@ -221,6 +222,8 @@ def _load(
         _require("--device-map", "accelerate")
     if load_in_4bit:
         _require("--load-in-4bit", "bitsandbytes", "accelerate")
+    else:  # where it is installed, it is imported all the same, and warns that its 4-bit kernels could be faster
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -248,6 +251,8 @@ def _load(
         typer.echo(f"Note: {name} is no Mistral; the library's own {type(model).__name__} runs it.", err=True)
     if device_map is None and not load_in_4bit and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
+    if isinstance(model, MistralForCausalLM) and device_map is None and getattr(model, "hf_quantizer", None) is None:
+        model.fuse_projections()
     return model.eval(), tokenizer
 
 

@@ -5,6 +5,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -806,7 +807,7 @@ class MistralModel(MistralPreTrainedModel):
             position_ids = positions(inputs_embeds, attention_mask, past_key_values)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         hidden_states = inputs_embeds
-        for layer in self.layers[: self.config.num_hidden_layers]:
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=mask,

@@ -46,28 +46,33 @@ def linear(layer: nn.Module, states: Tensor) -> Tensor:
 
 def is_plain(layer: nn.Module, states: Tensor) -> bool:
     """Whether `linear` computes the product by itself: float32 on a CPU, and nobody else wants to see the call."""
-    if not _is_bare(layer) or torch.is_autocast_enabled("cpu"):
+    if states.dtype != torch.float32 or not states.is_cpu or not _is_bare(layer) or torch.is_autocast_enabled("cpu"):
         return False
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    if not states.dtype == weight.dtype == torch.float32 or not states.device.type == weight.device.type == "cpu":
+    if weight.dtype != torch.float32 or not weight.is_cpu:
         return False
     if torch.compiler.is_compiling():  # the compiler equals oneDNN, but reads a single row's weight as MKL does
         return not torch.compiler.is_exporting() and states.numel() == weight.shape[1]
-    return states.numel() > 0 and _is_eager(states) and torch.backends.mkldnn.is_available()
+    return states.numel() > 0 and _is_unwatched(states) and torch.backends.mkldnn.is_available()
 
 
 def _is_bare(layer: nn.Module) -> bool:
-    """Whether it is the library's linear layer itself, without a bias, and nothing is wrapped or hooked around it."""
-    if type(layer) is not nn.Linear or layer.bias is not None or type(layer.weight) is not nn.Parameter:
+    """Whether it is the library's linear layer itself, without a bias, and nothing is wrapped or hooked around it.
+
+    This is asked some hundred times a token, and a module's `__dict__` answers faster than its attributes.
+    """
+    if type(layer) is not nn.Linear:
         return False
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return not any(hooks) and "forward" not in layer.__dict__
+    own = layer.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    parameters = own["_parameters"]
+    return type(parameters.get("weight")) is nn.Parameter and parameters["bias"] is None and "forward" not in own
 
 
-def _is_eager(states: Tensor) -> bool:
+def _is_unwatched(states: Tensor) -> bool:
     """Whether nothing watches or transforms the operators that run."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    watched = tracing or nn.modules.module._has_any_global_hook()
+    watched = torch._C._get_tracing_state() is not None or nn.modules.module._has_any_global_hook()
     return type(states) is Tensor and not watched and not torch._C._are_functorch_transforms_active()
 
 
@@ -84,6 +89,7 @@ def fuse(layers: Sequence[nn.Module]) -> None:
     together = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
+    weights[0].fused = together  # type: ignore[attr-defined]
 
 
 def require_fusible(layers: Sequence[nn.Module]) -> None:
@@ -102,6 +108,7 @@ def require_fusible(layers: Sequence[nn.Module]) -> None:
 def unfuse(layers: Sequence[nn.Module]) -> None:
     """Give the weights of fused layers memory of their own again."""
     if _as_one(layers) is not None:
+        del layers[0].weight.fused  # type: ignore[union-attr]
         for layer in layers:
             layer.weight.data = layer.weight.data.clone()  # type: ignore[operator, union-attr]
 
@@ -120,37 +127,40 @@ def fused_linear(layers: Sequence[nn.Module], states: Tensor) -> Tensor | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     weight = _as_one(layers)
-    if weight is None or torch.is_autocast_enabled(states.device.type) or not _is_eager(states):
+    if weight is None or torch.is_autocast_enabled(states.device.type) or not _is_unwatched(states):
         return None
     return _product(states, weight) if is_plain(layers[0], states) else F.linear(states, weight)
 
 
 def _as_one(layers: Sequence[nn.Module]) -> Tensor | None:
-    """The weights of fused layers as one ``[sum of all O, I]``, which reads their memory; None if they are apart."""
-    if type(layers[0]) is not nn.Linear or type(layers[1]) is not nn.Linear:
+    """The weights of fused layers as one ``[sum of all O, I]``, which is their memory; None if they are apart."""
+    if not _is_bare(layers[0]):
         return None
     first = layers[0].weight
-    if layers[1].weight.data_ptr() != first.data_ptr() + first.nbytes or not all(map(_is_bare, layers)):
+    together: Tensor | None = getattr(first, "fused", None)
+    if together is None:
         return None
-    rows, end = 0, first.data_ptr()
+    end = together.data_ptr()
     for layer in layers:
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        if weight.data_ptr() != end or weight.dtype != first.dtype or not weight.is_contiguous():
+        if not _is_bare(layer):
             return None
-        rows, end = rows + len(weight), end + weight.nbytes
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():  # neighbours by chance
-        return None
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if weight.data_ptr() != end:  # moved, or another one
+            del first.fused  # type: ignore[union-attr]
+            return None
+        end += weight.nbytes
+    return together
 
 
 def _product(states: Tensor, weight: Tensor) -> Tensor:
     """``states @ weight.T`` for ``[..., I]`` and ``[O, I]``."""
-    if states.numel() > weight.shape[1]:
+    outputs, inputs = weight.shape
+    if states.numel() > inputs:
         return _by_onednn(states, weight)
-    pieces = math.gcd(weight.shape[0], PIECES)
-    column = states.reshape(1, -1).t().expand(pieces, -1, -1)  # [pieces, I, 1], of strides that MKL reads fast
-    return torch.bmm(weight.view(pieces, -1, weight.shape[1]), column).view(*states.shape[:-1], -1)
+    pieces = math.gcd(outputs, PIECES)
+    row = states.reshape(inputs).contiguous()
+    column = row.as_strided((pieces, inputs, 1), (0, 1, inputs))  # of strides that MKL reads fast
+    return torch.bmm(weight.view(pieces, -1, inputs), column).view(*states.shape[:-1], outputs)
 
 
 def _by_onednn(states: Tensor, weight: Tensor) -> Tensor:
