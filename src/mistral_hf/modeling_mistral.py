@@ -5,6 +5,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from itertools import islice
 from typing import Any, cast
 
@@ -685,11 +686,17 @@ class MistralRMSNorm(nn.Module):
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         # On a CPU, PyTorch makes twice as many passes over it, each of them into new memory.
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-        scale = norm.square_().div_(hidden_states.shape[-1]).add_(self.variance_epsilon).rsqrt_()
-        return (hidden_states * scale).mul_(self.weight)
+        mean = torch.addcmul(_constant(self.variance_epsilon), norm, norm, value=1 / hidden_states.shape[-1])
+        return (hidden_states * mean.rsqrt_()).mul_(self.weight)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    """A number as a float32 tensor on the CPU, which an operator there would make of a plain one each time."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 class MistralRotaryEmbedding(nn.Module):
