@@ -47,7 +47,7 @@ def check_same(model: Any, inputs: Any, ported: Any = None, **options: Any) -> A
 def test_greedy_tokens_are_pytorch_s(make_model: Any, padded: Any, window: int | None) -> None:
     """Compiled, left-padded, prompts longer than the window, which wraps more than twice."""
     model = make_model(sliding_window=window, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    check_same(model, padded(7, 12), **LENGTH)
+    check_same(model, padded(7, 16), max_new_tokens=32)  # fills the programs' buckets, and without a window the buffer
 
 
 def test_a_trained_checkpoint_for_128_tokens() -> None:
@@ -121,6 +121,22 @@ def test_beam_search_is_pytorch_s(make_model: Any, padded: Any, options: dict[st
     assert ((found == 3) | (found == 50)).any()
 
 
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_beams_that_mostly_end(
+    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch, early_stopping: bool
+) -> None:
+    """Most candidates end, long sequences count for more, and the search gives up at the same step as PyTorch's."""
+    model = make_model(sliding_window=5)
+    steps: list[str] = []
+    model.register_forward_hook(lambda *_: steps.append("theirs"))
+    advance = tf_generation.BeamSearch.advance
+    monkeypatch.setattr(tf_generation.BeamSearch, "advance", lambda *args: steps.append("ours") or advance(*args))
+    options = {"eos_token_id": list(range(20, 99)), "length_penalty": 2.5, "early_stopping": early_stopping}
+    check_same(model, padded(12, 12, 12), num_beams=3, max_new_tokens=12, pad_token_id=1, **options)
+    assert 2 <= steps.count("ours") == steps.count("theirs") < 12
+
+
 def test_compiled_beam_search(make_model: Any, padded: Any) -> None:
     model = make_model(sliding_window=5)
     check_same(model, padded(7, 12), num_beams=3, **LENGTH)
@@ -134,7 +150,9 @@ def test_repetition_penalty(make_model: Any, token_ids: Any) -> None:
     options = {"repetition_penalty": 1.8, "do_sample": False, "max_new_tokens": 10, "eos_token_id": []}
     ported = to_tf(model)
     found = check_same(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ported, **options)
-    padded = np.pad(ids.numpy(), [(0, 0), (3, 0)]), np.pad(np.ones_like(ids), [(0, 0), (3, 0)])
+    first = int(found[0, 12])  # the padding's id, for which a penalty would be felt
+    assert first not in ids[0]
+    padded = np.pad(ids.numpy(), [(0, 0), (3, 0)], constant_values=first), np.pad(np.ones_like(ids), [(0, 0), (3, 0)])
     np.testing.assert_array_equal(ported.generate(*padded, **options)[:, 3:], found)
 
 
@@ -149,6 +167,8 @@ def test_rules_of_sampling_are_the_library_s() -> None:
         counts.append(expected.isfinite().sum())
     assert counts[0] > counts[1] > counts[2] > counts[3] > 4
     np.testing.assert_allclose(tf_choice.warped(tf.constant(logits.numpy()), options), expected, rtol=1e-6)
+    all_of_them = GenerationOptions(1, 0, do_sample=True, top_k=100)
+    np.testing.assert_array_equal(tf_choice.warped(tf.constant(logits.numpy()), all_of_them), logits)
     ids = torch.randint(99, (4, 12))
     seen = torch.zeros(4, 99, dtype=torch.bool).scatter(1, ids, True)
     penalized = tf_choice.penalized(tf.constant(logits.numpy()), tf.constant(seen.numpy()), 1.3)
@@ -156,25 +176,35 @@ def test_rules_of_sampling_are_the_library_s() -> None:
 
 
 def test_sampling(make_model: Any, token_ids: Any) -> None:
-    """A seed repeats it, also by way of Python's own; one of two tokens comes as often as it should."""
+    """A seed repeats it, also by way of Python's own; each of three tokens comes as often as it should."""
     ported = to_tf(make_model(num_hidden_layers=1, initializer_range=0.05))
     prompt = np.repeat(token_ids(1, 6).numpy(), 400, axis=0)
-    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 2, "temperature": 0.5}
-    first = ported.generate(prompt, seed=1, **options)
-    np.testing.assert_array_equal(ported.generate(prompt, seed=1, **options), first)
-    assert (ported.generate(prompt, seed=2, **options) != first).numpy().any()
+    options = {"do_sample": True, "max_new_tokens": 2, "top_k": 3, "temperature": 0.3}
+    first = ported.generate(prompt, seed=0, **options)
+    for seed, same in [(0, True), (np.int64(0), True), (1, False), (2**40, False), (-1, False)]:
+        assert (ported.generate(prompt, seed=seed, **options) == first).numpy().all() == same
     pairs = []
     for _ in range(2):
         tf.keras.utils.set_random_seed(7)
         pairs.append([ported.generate(prompt, **options).numpy() for _ in range(2)])
     np.testing.assert_array_equal(pairs[0], pairs[1])
     assert (pairs[0][0] != pairs[0][1]).any()
-    logits, tokens = (part.numpy()[0] for part in tf.math.top_k(ported(prompt[:1]).logits[:, -1], 2))
-    chance = 1 / (1 + np.exp((logits[1] - logits[0]) / 0.5))
+    logits, tokens = tf.math.top_k(ported(prompt[:1]).logits[0, -1], 3)
     drawn = first[:, 6].numpy()
-    assert set(drawn) == set(tokens)
-    assert abs((drawn == tokens[0]).mean() - chance) < 4 * (chance * (1 - chance) / 400) ** 0.5
-    assert len({*map(tuple, first.numpy()[:, 6:])}) == 4
+    assert set(drawn) == set(tokens.numpy())
+    for token, chance in zip(tokens.numpy(), tf.nn.softmax(logits / 0.3).numpy(), strict=True):
+        assert abs((drawn == token).mean() - chance) < 3 * (chance * (1 - chance) / 400) ** 0.5
+    ported.lm_head.weight.assign(tf.zeros_like(ported.lm_head.weight))
+    pairs = ported.generate(prompt, seed=0, **options).numpy()[:, 6:]  # all tokens are as good as the third
+    assert (pairs[:, 0] == pairs[:, 1]).sum() < 20  # of 400, each with a chance of 1 in 99
+
+
+def test_tokens_come_as_often_as_they_should() -> None:
+    rows, chances = 20000, [0.7, 0.2, 0.1]
+    logits = tf.repeat(tf.math.log([chances]), rows, axis=0)
+    search = tf_generation.Sampling(GenerationOptions(1, 0, do_sample=True))
+    drawn = search.result(search.begin(logits, None, None, None, tf.constant(0, tf.int64)))[:, 0]
+    np.testing.assert_allclose(np.bincount(drawn) / rows, chances, atol=0.01)
 
 
 class Recorder:
@@ -217,6 +247,8 @@ def test_what_is_refused(make_model: Any, padded: Any) -> None:
     ported = to_tf(make_model())
     with pytest.raises(ValueError, match="padding_side = 'left'"):
         ported.generate(**arrays(padded(7, 4, side="right")))
+    with pytest.raises(ValueError, match="every row of attention_mask must be zeros, then ones"):
+        ported.generate([[1, 2, 3]], [[1, 0, 1]])
     with pytest.raises(ValueError, match=r"must lie in \[0, 99\)"):
         ported.generate([[1, 99]])
     with pytest.raises(ValueError, match="no option 'penalty_alpha'; it takes max_new_tokens"):

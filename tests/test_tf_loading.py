@@ -13,7 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 import mistral_hf
 from mistral_hf import BUNDLED_CHECKPOINT
 from mistral_hf.checkpoints import CheckpointError
-from tf_models import arrays, keras, run_python, tf, to_tf
+from tf_models import arrays, keras, run_python, tf, tf_pretrained, to_tf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -25,8 +25,11 @@ def state(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_there_and_back(make_model: Any, tmp_path: Path, dtype: str, tied: bool) -> None:
+def test_there_and_back(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tied: bool
+) -> None:
     """Sharded in, sharded out: ours and the library's model load the same bits, and config and defaults come along."""
+    monkeypatch.setattr(tf_pretrained, "_ROWS", 20)
     model = make_model(tie_word_embeddings=tied, sliding_window=5).to(DTYPES[dtype])
     model.generation_config.repetition_penalty = 1.5
     model.save_pretrained(tmp_path / "torch", max_shard_size="10KB")
@@ -60,6 +63,10 @@ def test_dtypes(checkpoint: Path, token_ids: Any) -> None:
     assert mixed.config.sliding_window is None
     assert load(checkpoint, dtype=tf.float16).variable_dtype == "float16"
     assert load(checkpoint, dtype=keras.DTypePolicy("bfloat16")).variable_dtype == "bfloat16"
+    config = json.loads((checkpoint / "config.json").read_text())
+    load(checkpoint, dtype="bfloat16").save_pretrained(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    assert load(checkpoint, dtype="auto").variable_dtype == "bfloat16"
     previous = keras.config.dtype_policy()
     keras.config.set_dtype_policy("bfloat16")
     try:
@@ -99,11 +106,22 @@ def test_what_does_not_belong_together(checkpoint: Path, tmp_path: Path) -> None
         load(checkpoint, intermediate_size=64)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty holds no model\.safetensors"):
+        load(tmp_path / "empty")
+    (checkpoint / "config.json").rename(tmp_path / "config.json")
+    with pytest.raises(FileNotFoundError, match=r"has weights but no config\.json"):
+        load(checkpoint)
+    (tmp_path / "config.json").rename(checkpoint / "config.json")
+    for unknown in ("torch_dtype", "device_map"):
+        with pytest.raises(ValueError, match=rf"no argument '{unknown}', .* it takes dtype"):
+            load(checkpoint, **{unknown: "auto"})
 
 
 def test_saving_replaces_a_checkpoint_only(make_model: Any, checkpoint: Path, tmp_path: Path) -> None:
     ported = to_tf(make_model(seed=1))
     (checkpoint / "tokenizer.json").write_text("{}")
+    ported.save_pretrained(checkpoint, max_shard_size="10KB")
     ported.save_pretrained(checkpoint)
     again = mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint)
     np.testing.assert_array_equal(again.lm_head.weight, ported.lm_head.weight)
@@ -112,6 +130,8 @@ def test_saving_replaces_a_checkpoint_only(make_model: Any, checkpoint: Path, tm
     (tmp_path / "letters/dear.txt").write_text("Dear")
     with pytest.raises(FileExistsError):
         ported.save_pretrained(tmp_path / "letters")
+    with pytest.raises(TypeError, match="no argument 'safe_serialization' unless push_to_hub is True"):
+        ported.save_pretrained(checkpoint, safe_serialization=False)
 
 
 def test_uploading(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,24 +81,40 @@ def test_a_trained_checkpoint() -> None:
     close(ported(input_ids=ids.numpy()).logits, model(ids).logits, atol=3e-4)
 
 
+@pytest.mark.parametrize("capacity", [3, 16])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_cached_is_uncached(make_model: Any, padded: Any, window: int | None) -> None:
-    """In chunks of several and of single tokens, across the wrap at least twice; a null window's buffer grows."""
+def test_cached_is_uncached(make_model: Any, padded: Any, window: int | None, capacity: int) -> None:
+    """In chunks of several and of single tokens, across the wrap at least twice; a null window's buffer doubles."""
     ported = to_tf(make_model("Model", sliding_window=window))
     inputs = arrays(padded(21, 24, 15))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     whole = ported(**inputs, use_cache=False)
     assert whole.past_key_values is None
-    cache, parts = None, []
+    cache, parts, slots = None, [], set()
     for start, end in [(0, 3), (3, 4), (4, 12), (12, 13), (13, 14), (14, 21), (21, 22), (22, 24)]:
         outputs = ported(
-            input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, cache_capacity=3
+            input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, cache_capacity=capacity
         )
         cache = outputs.past_key_values
         parts.append(outputs.last_hidden_state)
+        slots.add(cache.slots)
     assert int(cache.seen) == 24
-    assert cache.slots == (24 if window is None else window)
+    assert slots == {(3, None): {3, 6, 12, 24}, (16, None): {16, 32}}.get((capacity, window), slots)
+    assert window is None or cache.slots == window
     close(tf.concat(parts, axis=1), whole.last_hidden_state, mask.astype(bool), atol=5e-5)
+
+
+def test_positions_are_those_of_a_row(make_model: Any, padded: Any) -> None:
+    """A row's first real token has position 0, however much padding there is, and in whichever chunk it comes."""
+    ported = to_tf(make_model("Model", sliding_window=None))
+    inputs = arrays(padded(9, 4))
+    alone = ported(input_ids=inputs["input_ids"][1:, 5:], cache_capacity=4).past_key_values
+    cache = None
+    for columns in np.s_[:, :3], np.s_[:, 3:7], np.s_[:, 7:]:
+        chunk = {name: array[columns] for name, array in inputs.items()}
+        cache = ported(**chunk, past_key_values=cache, cache_capacity=9).past_key_values
+    for ours, theirs in zip(cache.keys, alone.keys, strict=True):
+        close(ours[1:, :, 5:], theirs, atol=5e-5)
 
 
 @pytest.mark.parametrize("window", [1, 5, 40, None])
@@ -160,10 +176,10 @@ def test_no_mask_is_as_long_as_it_is_wide(monkeypatch: pytest.MonkeyPatch) -> No
 
 @torch.no_grad()
 def test_packed_sequences(make_model: Any, token_ids: Any) -> None:
-    """Positions that restart begin a sequence that does not see the one before."""
+    """Positions that restart, even after one token, begin a sequence that does not see the one before."""
     model = make_model(sliding_window=5)
     ids = token_ids(2, 14)
-    positions = torch.tensor([[*range(6), *range(8)]])
+    positions = torch.tensor([[*range(5), 0, *range(8)]])
     found = to_tf(model)(input_ids=ids.numpy(), position_ids=positions.numpy()).logits
     close(found, model(ids, position_ids=positions).logits, atol=1e-4)
     close(found[:, 6:], model(ids[:, 6:]).logits, atol=1e-4)
@@ -256,20 +272,44 @@ def test_low_precision(make_model: Any, token_ids: Any, policy: str) -> None:
     close(tf.cast(found, tf.float32), exact, atol=(0.002 if policy == "float16" else 0.02) * np.abs(exact).max())
 
 
+def test_rounding_in_low_precision() -> None:
+    """Rotary embeddings and softmax round once, at the end, also far away and over many keys."""
+    config = MistralConfig(head_dim=12)
+    states = tf.cast(tf.random.stateless_normal([1, 2, 3, 12], [0, 1]), tf.bfloat16)
+    cos, sin = tf_layers.RotaryEmbedding(config)(tf.constant([[3, 70, 9000]]))
+    exact = tf_layers.apply_rotary(tf.cast(states, tf.float32), cos, sin)
+    np.testing.assert_array_equal(tf_layers.apply_rotary(states, cos, sin), tf.cast(exact, tf.bfloat16))
+    q = tf.cast(tf.random.stateless_normal([1, 1, 4, 8], [0, 2]), tf.bfloat16)
+    k = tf.cast(tf.random.stateless_normal([1, 1, 700, 8], [0, 3]), tf.bfloat16)
+    _, weights = tf_attention.mix(q, k, k, tf.ones([1, 4, 700], tf.bool), lambda weights, number: weights, 0)
+    scores = tf.matmul(q * 8**-0.5, k, transpose_b=True)
+    np.testing.assert_array_equal(weights, tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), tf.bfloat16))
+
+
 def test_bad_input(make_model: Any, token_ids: Any) -> None:
     ported, ids = to_tf(make_model()), token_ids(2, 5).numpy()
     with pytest.raises(ValueError, match=r"input_ids span \[1, 99\], but must lie in \[0, 99\)"):
         ported(input_ids=np.array([[1, 99]]))
-    with pytest.raises(ValueError, match=r"input_ids has shape \(5,\); it must be \[batch, tokens\]"):
-        ported(input_ids=ids[0])
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\), but there are 5 new tokens"):
-        ported(input_ids=ids, attention_mask=np.ones((2, 4)))
+    for wrong in (ids[0], ids / 1.0):
+        with pytest.raises(ValueError, match=r"input_ids is .*; it must be integers \[batch, tokens\]"):
+            ported(input_ids=wrong)
+    for shape in ((2, 4), (3, 5), (5,)):
+        with pytest.raises(ValueError, match=r"attention_mask has shape .*, but there are 5 new tokens in 2 rows"):
+            ported(input_ids=ids, attention_mask=np.ones(shape))
+    for shape in ((2, 4), (3, 5), (5,)):
+        with pytest.raises(ValueError, match=r"position_ids has shape .*: it must be \[batch or 1, tokens\]"):
+            ported(input_ids=ids, position_ids=np.ones(shape, int))
+    with pytest.raises(ValueError, match="past_key_values holds 2 rows, but the new tokens have 1"):
+        ported(input_ids=ids[:1], past_key_values=ported(input_ids=ids).past_key_values)
+    close(ported(input_ids=ids.tolist()).logits, ported(input_ids=ids).logits)
     with pytest.raises(ValueError, match="a tensor 'token_type_ids', but the model takes input_ids"):
         ported({"input_ids": ids, "token_type_ids": ids})
     with pytest.raises(ValueError, match=r"labels hold 120, but must lie in \[0, 99\)"):
         ported(input_ids=ids, labels=np.where(ids == ids[1, 3], 120, ids))
     with pytest.raises(ValueError, match="labels of shape"):
         ported(input_ids=ids, labels=ids[:, 1:])
+    with pytest.raises(ValueError, match="labels are float32, but must be integers"):
+        ported(input_ids=ids, labels=ids.astype("float32"))
 
 
 LABELS = {

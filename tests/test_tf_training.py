@@ -102,7 +102,9 @@ def test_attention_dropout(make_model: Any, token_ids: Any) -> None:
     np.testing.assert_array_equal(ported(ids).last_hidden_state, exact)
     attention = ported.decoder_layers[0].self_attn
     weights = tf.fill([1, 4, 50, 50], 0.5)
-    dropped = attention._dropout(True)(weights, 0)
+    dropout = attention._dropout(True)
+    dropped = dropout(weights, 0)
+    assert not np.array_equal(dropped, dropout(weights, 1))  # the next block of queries
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(0.5 / 0.7)}
     assert abs(float(tf.reduce_mean(dropped)) - 0.5) < 0.02
     trained = [ported(ids, training=True).last_hidden_state.numpy() for _ in range(2)]

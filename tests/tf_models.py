@@ -15,9 +15,10 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip(f"Keras runs on {keras.backend.backend()} here, not on TensorFlow", allow_module_level=True)
 
 import mistral_hf  # noqa: E402
-from mistral_hf import tf_attention, tf_choice, tf_generation, tf_layers  # noqa: E402
+from mistral_hf import tf_attention, tf_choice, tf_generation, tf_layers, tf_pretrained  # noqa: E402
 
-__all__ = ["arrays", "keras", "run_python", "tf", "tf_attention", "tf_choice", "tf_generation", "tf_layers", "to_tf"]
+__all__ = ["arrays", "keras", "run_python", "tf", "to_tf"]
+__all__ += ["tf_attention", "tf_choice", "tf_generation", "tf_layers", "tf_pretrained"]
 
 
 def to_tf(model: Any, dtype: Any = None) -> Any:

@@ -301,10 +301,11 @@ class TFMistralModel(TFMistralPreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
-                does not cover the tokens.
+                does not cover the tokens; positions or a cache of another shape.
         """
         inputs = _inputs(locals())
         states, cache = self._embed(inputs["input_ids"], inputs["inputs_embeds"]), inputs["past_key_values"]
+        _check_shapes(states, inputs["position_ids"], cache)
         length, window = size(states, 1), self.config.sliding_window
         if use_cache is None:
             eager = tf.executing_eagerly() and not training
@@ -341,8 +342,10 @@ class TFMistralModel(TFMistralPreTrainedModel):
             )
         if input_ids is None:
             return tf.cast(inputs_embeds, self.compute_dtype)
-        if input_ids.shape.rank != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens].")
+        if input_ids.shape.rank != 2 or not input_ids.dtype.is_integer:
+            raise ValueError(
+                f"input_ids is {input_ids.dtype.name} {tuple(input_ids.shape)}; it must be integers [batch, tokens]."
+            )
         if tf.executing_eagerly() and tf.size(input_ids) > 0:
             low, high = int(tf.reduce_min(input_ids)), int(tf.reduce_max(input_ids))
             if low < 0 or high >= self.config.vocab_size:
@@ -367,25 +370,40 @@ class TFMistralModel(TFMistralPreTrainedModel):
 def _inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     """The tensors among the arguments of `call`, those of a dictionary in the first place of them in their own."""
     given = {name: arguments[name] for name in _INPUTS if name in arguments}
-    if not isinstance(given["input_ids"], dict):
-        return given
-    packed = given["input_ids"]
-    if unknown := sorted(packed.keys() - given.keys()):
-        raise ValueError(f"The inputs have a tensor {unknown[0]!r}, but the model takes {', '.join(given)}.")
-    return {**given, "input_ids": None, **packed}
+    if isinstance(given["input_ids"], dict):
+        packed = given["input_ids"]
+        if unknown := sorted(packed.keys() - given.keys()):
+            raise ValueError(f"The inputs have a tensor {unknown[0]!r}, but the model takes {', '.join(given)}.")
+        given = {**given, "input_ids": None, **packed}
+    return {name: tf.constant(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _check_shapes(states: Tensor, positions: Tensor | None, cache: TFMistralCache | None) -> None:
+    """Raise where known shapes of ``[B, S, E]`` states, ``[B or 1, S]`` positions and a cache do not fit together."""
+    batch, length = states.shape[:2]
+    if positions is not None and not any(positions.shape.is_compatible_with([rows, length]) for rows in (1, batch)):
+        raise ValueError(
+            f"position_ids has shape {tuple(positions.shape)}, but there are {length} new tokens in {batch} rows: it"
+            " must be [batch or 1, tokens]."
+        )
+    if cache is not None and not cache.start.shape.is_compatible_with([batch]):
+        raise ValueError(
+            f"past_key_values holds {cache.start.shape[0]} rows, but the new tokens have {batch}: go on with the same"
+            " batch, or choose rows with past_key_values.gather_rows."
+        )
 
 
 def _real_tokens(attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
     """``[B, S]`` boolean of the new tokens, or None without a mask."""
     if attention_mask is None:
         return None
-    length, covered = size(states, 1), attention_mask.shape
-    if covered.rank != 2 or (isinstance(length, int) and covered[1] is not None and covered[1] < length):
+    (batch, length), covered = states.shape[:2], attention_mask.shape
+    if not covered.is_compatible_with([batch, None]) or (None not in (length, covered[1]) and covered[1] < length):
         raise ValueError(
-            f"attention_mask has shape {tuple(covered)}, but there are {length} new tokens in {states.shape[0]} rows:"
+            f"attention_mask has shape {tuple(covered)}, but there are {length} new tokens in {batch} rows:"
             " it must be [batch, tokens], with a column for each of them, and may have those of cached tokens before."
         )
-    return tf.cast(attention_mask[:, -length:], tf.bool)
+    return tf.cast(attention_mask[:, -size(states, 1) :], tf.bool)
 
 
 def _start(real: Tensor | None, states: Tensor, cache: TFMistralCache | None) -> Tensor:

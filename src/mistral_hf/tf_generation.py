@@ -77,7 +77,7 @@ class Generator:
         padded = np.pad(ids, [(0, 0), (fill, 0)])
         mask = np.pad(real, [(0, 0), (fill, 0)])
         seed = random.getrandbits(31) if seed is None else seed
-        state = programs.read(tf.constant(padded), tf.constant(mask), tf.constant(limit), tf.constant(seed))
+        state = programs.read(tf.constant(padded), tf.constant(mask), tf.constant(limit), tf.constant(seed, tf.int64))
         if streamer is None:
             state = programs.write(state, tf.constant(limit))
         else:
@@ -197,7 +197,10 @@ class Sampling:
         logits = penalized(logits, state.seen, options.repetition_penalty)
         if options.do_sample:
             noise = tf.random.stateless_uniform(
-                logits.shape, [state.seed, state.step], minval=np.finfo(np.float32).tiny, alg="philox"
+                logits.shape,
+                [state.seed, tf.cast(state.step, tf.int64)],
+                minval=np.finfo(np.float32).tiny,
+                alg="philox",
             )
             logits = warped(logits, options) - tf.math.log(-tf.math.log(noise))  # the Gumbel trick
         last = tf.argmax(logits, axis=-1, output_type=tf.int32)

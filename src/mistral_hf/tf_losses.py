@@ -78,6 +78,8 @@ def _problem_type(labels: Tensor, num_labels: int) -> str:
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over the labels of ``[N]`` that count, for logits ``[N, classes]``."""
+    if not labels.dtype.is_integer:
+        raise ValueError(f"labels are {labels.dtype.name}, but must be integers: the ids of tokens or classes.")
     classes, counts = logits.shape[-1], labels != IGNORE_INDEX
     if tf.executing_eagerly():
         wrong = tf.boolean_mask(labels, counts & ((labels < 0) | (labels >= classes)))

@@ -11,7 +11,7 @@ import tensorflow as tf
 from transformers import GenerationConfig
 from transformers.utils.hub import PushToHubMixin
 
-from .checkpoints import TensorInfo
+from .checkpoints import TensorInfo, open_checkpoint
 from .configuration_mistral import MistralConfig
 from .output import LazyTensor
 from .ports import locate, open_weights, save_folder
@@ -104,13 +104,21 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
             The model. Weights of its head that the checkpoint lacks are initialised afresh, with a warning.
 
         Raises:
-            FileNotFoundError: There is no such folder or model.
-            CheckpointError: Weights of the decoder are missing, unknown, or have another shape.
+            FileNotFoundError: There is no such folder or model, or it has no config.json.
+            CheckpointError: There are no safetensors files, or weights of the decoder are missing, unknown, or have
+                another shape.
+            ValueError: An argument is unknown, or the dtype is.
         """
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = locate(name_or_path, **hub)
-        config = MistralConfig.from_pretrained(folder, **overrides)
-        model = cls(config, dtype=_policy(dtype, config), initializer="zeros")
+        stored = _stored_dtype(folder)
+        config, unknown = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
+        if unknown := sorted(unknown.keys() | overrides.keys() & {"torch_dtype"}):  # the library reads that as `dtype`
+            raise ValueError(
+                f"from_pretrained has no argument {unknown[0]!r}, nor has MistralConfig such a field. Of the library's"
+                " arguments it takes dtype, output_loading_info, revision, token, cache_dir and local_files_only."
+            )
+        model = cls(config, dtype=_policy(dtype, config.dtype or stored), initializer="zeros")
         variables = model.named_weights()
         with open_weights(folder, {name: tuple(variable.shape) for name, variable in variables.items()}) as weights:
             for name, array in weights.stream():
@@ -138,7 +146,16 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
             max_shard_size: In bytes or such as ``"5GB"``.
             push_to_hub: Upload it too.
             **kwargs: Of `push_to_hub`; its ``repo_id`` is by default the folder's name.
+
+        Raises:
+            FileExistsError: The folder holds something other than a checkpoint.
+            TypeError: There are further arguments, but nothing is to be uploaded.
         """
+        if kwargs and not push_to_hub:
+            raise TypeError(
+                f"save_pretrained has no argument {min(kwargs)!r} unless push_to_hub is True: a folder takes"
+                " max_shard_size, and its files are always safetensors."
+            )
         tensors = [
             LazyTensor(name, TensorInfo(variable.dtype, tuple(variable.shape)), variable.numpy)
             for name, variable in self.named_weights().items()
@@ -252,8 +269,17 @@ def _fill(variable: Any, array: Any) -> None:
         tf.raw_ops.ResourceStridedSliceAssign(ref=variable.handle, value=rows, **place)
 
 
-def _policy(dtype: Any, config: MistralConfig) -> Any:
-    """A Keras policy, or None, from what `from_pretrained` takes."""
+def _stored_dtype(folder: Path) -> str:
+    """That of a checkpoint's first weight; raises, before anything is allocated, if this is no checkpoint."""
+    with open_checkpoint(folder) as checkpoint:
+        stored = next((info.dtype for info in checkpoint.values()), "float32")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has weights but no config.json: get it from where they came from.")
+    return stored
+
+
+def _policy(dtype: Any, stored: Any) -> Any:
+    """A Keras policy, or None, from what `from_pretrained` takes and the checkpoint's dtype."""
     if isinstance(dtype, str) and dtype == "auto":
-        return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        return str(stored).removeprefix("torch.")
     return dtype.name if isinstance(dtype, tf.DType) else dtype
