@@ -51,7 +51,7 @@ class Step(Training):
     def load(self, version: str, attention: str) -> Any:
         """The model, with gradient checkpointing."""
         model = super().load(version, attention)
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         if version == SUBJECT:
             model.config.loss_chunk_size = self.chunk
         return model

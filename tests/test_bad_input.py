@@ -152,7 +152,7 @@ def test_class_ids_that_are_not_integers(make_model: Any, token_ids: Any) -> Non
 
 def test_an_unknown_problem_type(make_model: Any, token_ids: Any) -> None:
     model = make_model("ForSequenceClassification", num_labels=4)
-    model.config.problem_type = "divination"
+    vars(model.config)["problem_type"] = "divination"  # past the check that some releases make of an assignment
     with pytest.raises(ValueError, match="divination"):
         model(token_ids(3, 5), labels=torch.zeros(3, 4))
 

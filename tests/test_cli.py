@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -171,13 +172,13 @@ def test_info_tells_what_resolves_to_what():
     lines = run("info").stdout.splitlines()
     shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert shown["mistral_hf"] == mistral_hf.__version__
-    assert shown["torch"] == torch.__version__
+    assert shown["torch"] == version("torch")
     assert shown["AutoModelForCausalLM"] == "mistral_hf.modeling_mistral.MistralForCausalLM"
     assert shown["eager"] == shown["sdpa"] == "usable"
     assert f"{torch.get_num_threads()} threads" in shown["cpu"]
     assert shown["tiny-mistral"] == str(BUNDLED_CHECKPOINT)
-    if shown["flash-attn"] == "not installed":
-        assert "not usable: attn_implementation='flash_attention_2' found no kernels" in shown["flash_attention_2"]
+    if shown["flash-attn"] == "not installed" and not torch.cuda.is_available():
+        assert "not usable: attn_implementation='flash_attention_2'" in shown["flash_attention_2"]
 
 
 def test_info_after_unregister(registered):
@@ -186,7 +187,7 @@ def test_info_after_unregister(registered):
 
 
 def test_info_without_a_compiler_or_a_checkpoint(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(cli, "BUNDLED_CHECKPOINT", tmp_path / "gone")
     output = run("info").stdout

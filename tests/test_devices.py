@@ -100,7 +100,7 @@ dist.destroy_process_group()
 def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What each of the two processes found."""
     folder = tmp_path_factory.mktemp("parallel")
-    make_model().save_pretrained(folder)
+    make_model(vocab_size=100).save_pretrained(folder)  # some releases split no odd vocabulary
     script = folder / "worker.py"
     script.write_text(WORKER)
     with socket.socket() as free:

@@ -128,7 +128,7 @@ class RollingLayer(CacheLayerMixin):
         Raises:
             ValueError: The argument is positive, more than was stored, or reaches tokens already written over.
         """
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # assisted decoding counts in tensors in some releases
         length = self.cumulative_length - count
         if count < 0 or length < 0:
             raise ValueError(

@@ -312,7 +312,7 @@ def _backend_state(name: str) -> str:
     from .configuration_mistral import MistralConfig
     from .flash_kernels import NAME, find_kernels
 
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if name == "flex_attention" and device.type == "cpu":  # running it would spend its time in the compiler
         compiler = os.environ.get("CXX", "g++")
         return (

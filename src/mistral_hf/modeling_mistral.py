@@ -96,7 +96,7 @@ class MistralPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: The tensor-parallel size does not divide the key/value heads.
         """
-        ranks, kv_heads = distributed_config.tp_size, _head_shape(model.config)[1]
+        ranks, kv_heads = getattr(distributed_config, "tp_size", None) or 1, _head_shape(model.config)[1]
         if kv_heads % ranks and distributed_config.tp_plan != {}:
             fitting = ", ".join(str(size) for size in range(1, kv_heads + 1) if kv_heads % size == 0)
             raise ValueError(
