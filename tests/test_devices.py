@@ -19,6 +19,7 @@ from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ROOT = Path(__file__).parents[1]
+CHUNKS = (None, 5) if torch.__version__ >= "2.13" else (None,)  # FSDP2 gathers a head for every call of it since 2.13
 accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
 # What both processes run: a checkpoint with tensor parallelism, then sharded by FSDP2, compared with the whole model.
@@ -86,7 +87,7 @@ except ValueError as error:
 
 rows = slice(rank * 2, rank * 2 + 2)
 found["curve"] = curve(load(folder).train(), slice(0, 4), reduce=False)
-for chunk in (None, 5):
+for chunk in json.loads(sys.argv[2]):
     sharded = load(folder, loss_chunk_size=chunk, distributed_config=DistributedConfig(fsdp_size=world)).train()
     found["sharded k_proj"] = list(sharded.model.layers[0].self_attn.k_proj.weight.to_local().shape)
     found[f"sharded curve, chunk {chunk}"] = curve(sharded, rows, reduce=True)
@@ -115,7 +116,7 @@ def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), str(folder)],
+            [sys.executable, str(script), str(folder), json.dumps(CHUNKS)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -167,7 +168,7 @@ def test_sharded_training_has_the_loss_curve_of_one_process(found: Any) -> None:
     for rank in found:
         assert rank["sharded k_proj"] == [12, 32]
         assert rank["curve"][-1] < rank["curve"][0] - 0.5
-        for chunk in (None, 5):
+        for chunk in CHUNKS:
             assert rank[f"sharded curve, chunk {chunk}"] == pytest.approx(rank["curve"], rel=1e-4)
 
 

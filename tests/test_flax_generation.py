@@ -139,7 +139,7 @@ def test_sampling_follows_its_key(twin: Any, token_ids: Any) -> None:
             [TemperatureLogitsWarper(1.5), TopKLogitsWarper(9), TopPLogitsWarper(0.9), MinPLogitsWarper(0.1)],
         ),
     ],
-    ids=str,
+    ids=["all", "temperature", "top_k", "top_p", "min_p", "together"],
 )
 def test_samples_have_the_library_s_distribution(options: dict[str, Any], warpers: list[Any]) -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
@@ -225,7 +225,7 @@ def test_options_come_from_call_config_and_checkpoint(
         ({"num_beams": 2, "do_sample": True}, "cannot be sampled"),
         ({"input_ids": np.array([[1, 99]])}, r"\[0, 99\)"),
     ],
-    ids=str,
+    ids=["mask", "streamer", "option", "beams", "ids"],
 )
 def test_what_cannot_work_is_refused(twin: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -109,7 +109,7 @@ def test_what_changes_the_weights_changes_the_results(change: str, make_model: A
 
 
 def test_a_compiled_step(make_model: Any, token_ids: Any) -> None:
-    model, ids = make_model(), token_ids(2, 9)
+    model, ids = make_model(), token_ids(2, 7)
     expected = decode(model, ids)
     model.fuse_projections()
     model.forward = torch.compile(model.forward, backend="eager")

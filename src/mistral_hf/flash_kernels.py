@@ -324,7 +324,7 @@ def _package_kernels() -> Kernels | None:
 
 
 def _torch_kernels() -> Kernels | None:
-    if not torch.backends.cuda.is_flash_attention_available():
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return None
     module = importlib.import_module("torch.nn.attention.varlen")
     return TorchKernels(module) if "window_size" in inspect.signature(module.varlen_attn).parameters else None
