@@ -64,7 +64,7 @@ def summary(result: dict[str, Any]) -> list[str]:
 
 def generation(tiny: bool) -> dict[str, Any]:
     """`generate` after a short prompt, one sequence."""
-    return beside(Generation(name="g", title="", group="", length=16, tokens=64), tiny, port_generation)
+    return beside(Generation(name="g", title="", group="", length=16, tokens=64, repeats=7), tiny, port_generation)
 
 
 def long_generation(tiny: bool) -> dict[str, Any]:
