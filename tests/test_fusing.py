@@ -116,6 +116,18 @@ def test_a_compiled_step(make_model: Any, token_ids: Any) -> None:
     torch.testing.assert_close(decode(model, ids), expected, **WITHIN_ROUNDING)
 
 
+@pytest.mark.parametrize("undo", [False, True])
+def test_fused_in_inference_mode_and_then_trained(undo: bool, make_model: Any, token_ids: Any) -> None:
+    model = make_model()
+    with torch.inference_mode():
+        model.fuse_projections()
+        if undo:
+            model.unfuse_projections()
+    model(token_ids(1, 9), labels=token_ids(1, 9)).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
 class Wrapped(nn.Linear):
     """As adapters and quantized layers are made."""
 

@@ -681,8 +681,9 @@ class MistralRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
-        on_cpu = hidden_states.device.type == "cpu" and hidden_states.dtype == self.weight.dtype == torch.float32
-        if not on_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        plain = type(hidden_states) is Tensor and hidden_states.is_cpu
+        plain = plain and hidden_states.dtype == self.weight.dtype == torch.float32
+        if not plain or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
         # On a CPU, PyTorch makes twice as many passes over it, each of them into new memory.
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)

@@ -86,7 +86,8 @@ def fuse(layers: Sequence[nn.Module]) -> None:
     """
     require_fusible(layers)
     weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
-    together = torch.cat([weight.detach() for weight in weights])
+    with torch.inference_mode(False):  # what is made in that mode could not be trained any more
+        together = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
     weights[0].fused = together  # type: ignore[attr-defined]
@@ -110,7 +111,8 @@ def unfuse(layers: Sequence[nn.Module]) -> None:
     if _as_one(layers) is not None:
         del layers[0].weight.fused  # type: ignore[union-attr]
         for layer in layers:
-            layer.weight.data = layer.weight.data.clone()  # type: ignore[operator, union-attr]
+            with torch.inference_mode(False):
+                layer.weight.data = layer.weight.data.clone()  # type: ignore[operator, union-attr]
 
 
 def fused_linear(layers: Sequence[nn.Module], states: Tensor) -> Tensor | None:
