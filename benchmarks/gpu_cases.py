@@ -5,7 +5,7 @@ Legend: B batch, K key/value heads, D head_dim, V vocabulary, W window.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -166,7 +166,7 @@ class GpuPrefill(GpuCase):
 
     def tiny(self) -> "GpuPrefill":
         """The same case in the smallest sizes."""
-        return replace(super().tiny(), chunk=self.chunk and 16)  # type: ignore[return-value]
+        return replace(cast("GpuPrefill", super().tiny()), chunk=self.chunk and 16)
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the last logits ``[B, V]``."""

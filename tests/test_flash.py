@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch._dynamo.testing import CompileCounter
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -529,7 +529,7 @@ def test_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
 # Compiled decoding.
 
 
-@torch.library.custom_op("mistral_hf_tests::varlen", mutates_args=())
+@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
 def varlen_operator(
     query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, library
 
 NAME = "flash_attention_2"
 DTYPES = (torch.float16, torch.bfloat16)
@@ -208,7 +208,7 @@ class PackageKernels(Kernels):
 
 
 # A compiler cannot look into the package's function, and can keep this operator in its graph.
-@torch.library.custom_op("mistral_hf::attend_to_cache", mutates_args=())
+@library.custom_op("mistral_hf::attend_to_cache", mutates_args=())
 def _attend_to_cache(
     query: Tensor,
     key: Tensor,

@@ -1,5 +1,8 @@
 """The PyTorch Mistral model, top-down: heads, model, layer, attention, MLP, norm, rotary embedding.
 
+One long file, since this is where readers of Transformers look for all of a model and its heads; what is not the model
+itself is elsewhere: attention, masks, caches, losses, positions and products each have a file.
+
 Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
 """
 

@@ -13,7 +13,7 @@ Legend: M rows, I input features, O output features.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,9 @@ def linear(layer: nn.Module, states: Tensor) -> Tensor:
     """
     if not is_plain(layer, states):
         return layer(states)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = _weight(layer)
     if torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad):
-        product: Tensor = _Product.apply(states, weight)  # type: ignore[no-untyped-call]
-        return product
+        return cast(Any, _Product).apply(states, weight)
     return _product(states, weight)
 
 
@@ -48,7 +47,7 @@ def is_plain(layer: nn.Module, states: Tensor) -> bool:
     """Whether `linear` computes the product by itself: float32 on a CPU, and nobody else wants to see the call."""
     if states.dtype != torch.float32 or not states.is_cpu or not _is_bare(layer) or torch.is_autocast_enabled("cpu"):
         return False
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight = _weight(layer)
     if weight.dtype != torch.float32 or not weight.is_cpu:
         return False
     if torch.compiler.is_compiling():  # the compiler equals oneDNN, but reads a single row's weight as MKL does
@@ -70,6 +69,11 @@ def _is_bare(layer: nn.Module) -> bool:
     return type(parameters.get("weight")) is nn.Parameter and parameters["bias"] is None and "forward" not in own
 
 
+def _weight(layer: nn.Module) -> Any:
+    """The weight of a bare layer; `Any`, since `fuse` leaves a mark on it."""
+    return layer.weight
+
+
 def _is_unwatched(states: Tensor) -> bool:
     """Whether nothing watches or transforms the operators that run."""
     watched = torch._C._get_tracing_state() is not None or nn.modules.module._has_any_global_hook()
@@ -85,12 +89,12 @@ def fuse(layers: Sequence[nn.Module]) -> None:
         ValueError: A layer is more than a plain `nn.Linear`, or the weights differ in dtype or device.
     """
     require_fusible(layers)
-    weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
+    weights = [_weight(layer) for layer in layers]
     with torch.inference_mode(False):  # what is made in that mode could not be trained any more
         together = torch.cat([weight.detach() for weight in weights])
     for weight, part in zip(weights, together.split([len(weight) for weight in weights]), strict=True):
         weight.data = part
-    weights[0].fused = together  # type: ignore[attr-defined]
+    weights[0].fused = together
 
 
 def require_fusible(layers: Sequence[nn.Module]) -> None:
@@ -101,7 +105,7 @@ def require_fusible(layers: Sequence[nn.Module]) -> None:
                 f"{type(layer).__name__} cannot be fused with its neighbours: it is quantized, adapted, sharded, hooked"
                 " or offloaded. Merge adapters first, or leave the projections as they are."
             )
-    kinds = {f"{layer.weight.dtype} on {layer.weight.device}" for layer in layers}
+    kinds = {f"{weight.dtype} on {weight.device}" for weight in map(_weight, layers)}
     if len(kinds) > 1:
         raise ValueError(f"Layers with weights of {', '.join(sorted(kinds))} cannot be fused: make them alike first.")
 
@@ -109,10 +113,10 @@ def require_fusible(layers: Sequence[nn.Module]) -> None:
 def unfuse(layers: Sequence[nn.Module]) -> None:
     """Give the weights of fused layers memory of their own again."""
     if _as_one(layers) is not None:
-        del layers[0].weight.fused  # type: ignore[union-attr]
-        for layer in layers:
+        del _weight(layers[0]).fused
+        for weight in map(_weight, layers):
             with torch.inference_mode(False):
-                layer.weight.data = layer.weight.data.clone()  # type: ignore[operator, union-attr]
+                weight.data = weight.data.clone()
 
 
 def fused_linear(layers: Sequence[nn.Module], states: Tensor) -> Tensor | None:
@@ -138,7 +142,7 @@ def _as_one(layers: Sequence[nn.Module]) -> Tensor | None:
     """The weights of fused layers as one ``[sum of all O, I]``, which is their memory; None if they are apart."""
     if not _is_bare(layers[0]):
         return None
-    first = layers[0].weight
+    first = _weight(layers[0])
     together: Tensor | None = getattr(first, "fused", None)
     if together is None:
         return None
@@ -146,9 +150,9 @@ def _as_one(layers: Sequence[nn.Module]) -> Tensor | None:
     for layer in layers:
         if not _is_bare(layer):
             return None
-        weight: Tensor = layer.weight  # type: ignore[assignment]
+        weight = _weight(layer)
         if weight.data_ptr() != end:  # moved, or another one
-            del first.fused  # type: ignore[union-attr]
+            del first.fused
             return None
         end += weight.nbytes
     return together
