@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from mistral_hf import attention
+from mistral_hf.torch import attention
 
 from .harness import environment, write_json
 

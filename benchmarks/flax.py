@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from mistral_hf import FlaxMistralForCausalLM, MistralConfig
-from mistral_hf.checkpoints import TensorInfo
-from mistral_hf.flax_attention import RollingCache
-from mistral_hf.flax_generation import Search
-from mistral_hf.flax_programs import generation_programs
-from mistral_hf.output import LazyTensor
-from mistral_hf.ports import GenerationOptions, save_folder
-from mistral_hf.weights import hf_shapes
+from mistral_hf.checkpoints.pretrained import save_folder
+from mistral_hf.checkpoints.reader import TensorInfo
+from mistral_hf.checkpoints.writer import LazyTensor
+from mistral_hf.convert.tensors import hf_shapes
+from mistral_hf.flax.cache import RollingCache
+from mistral_hf.flax.compiled import generation_programs
+from mistral_hf.flax.generation import Search
+from mistral_hf.generation_options import GenerationOptions
 
 from .harness import REFERENCE, SUBJECT, Run, environment, in_fresh_process, interleave, ratio, relative_difference
 from .harness import write_json as write

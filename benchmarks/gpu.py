@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistral_hf.flash_kernels import find_kernels
+from mistral_hf.torch.flash_kernels import find_kernels
 
 from .gpu_cases import CASES, MISTRAL_7B, TINY, GpuCase, make_models, select
 from .harness import (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mistral_hf.products import linear
+from mistral_hf.torch.linear import linear
 
 from .harness import environment, write_json
 

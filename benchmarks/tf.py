@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from mistral_hf import MistralConfig, MistralForCausalLM, TFMistralForCausalLM
-from mistral_hf.checkpoints import TensorInfo
-from mistral_hf.output import LazyTensor
-from mistral_hf.ports import save_folder
+from mistral_hf.checkpoints.pretrained import save_folder
+from mistral_hf.checkpoints.reader import TensorInfo
+from mistral_hf.checkpoints.writer import LazyTensor
 
 from .harness import REFERENCE, SUBJECT, Run, environment, interleave, ratio, relative_difference
 from .harness import write_json as write

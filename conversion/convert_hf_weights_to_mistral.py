@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.convert import convert_hf_to_raw
-from mistral_hf.progress import byte_progress, run
+from mistral_hf.convert.console import byte_progress, run
+from mistral_hf.convert.folders import convert_hf_to_raw
 
 
 def main(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.convert import convert_raw_to_hf
-from mistral_hf.progress import byte_progress, run
+from mistral_hf.convert.console import byte_progress, run
+from mistral_hf.convert.folders import convert_raw_to_hf
 
 
 def main(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.progress import run
-from mistral_hf.verify import SAMPLE_TEXT, verify
+from mistral_hf.convert.console import run
+from mistral_hf.convert.verify import SAMPLE_TEXT, verify
 
 
 def main(

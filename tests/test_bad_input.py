@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import HEADS, VOCABULARY
 from mistral_hf import RollingCache
+from tests.conftest import HEADS, VOCABULARY
 
 
 @pytest.mark.parametrize("head", HEADS)

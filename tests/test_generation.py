@@ -11,8 +11,8 @@ from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticC
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockForCausalLM
 
-import reference
 from mistral_hf import MistralForCausalLM, RollingCache
+from tests.helpers import reference
 
 FREE = {"do_sample": False, "eos_token_id": None}
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8])

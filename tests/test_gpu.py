@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import DataCollatorWithFlattening
 
-from mistral_hf import RollingCache, flash_kernels
+from mistral_hf import RollingCache
+from mistral_hf.torch import flash_kernels
 
 pytestmark = [
     pytest.mark.gpu,

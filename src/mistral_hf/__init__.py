@@ -11,7 +11,6 @@ from .bundled import BUNDLED_CHECKPOINT
 from .configuration_mistral import MistralConfig
 
 if TYPE_CHECKING:
-    from .cache import RollingCache
     from .chat import encode_conversation, get_chat_template, validate_conversation
     from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
     from .modeling_mistral import (
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     )
     from .modeling_tf_mistral import TFMistralForCausalLM, TFMistralForSequenceClassification, TFMistralModel
     from .registration import register, unregister
+    from .torch.cache import RollingCache
 
 __all__ = [
     "BUNDLED_CHECKPOINT",
@@ -50,7 +50,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "cache": ("RollingCache",),
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
     "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
     "modeling_mistral": (
@@ -63,6 +62,7 @@ _HOMES = {
     ),
     "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
     "registration": ("register", "unregister"),
+    "torch.cache": ("RollingCache",),
 }
 _EXTRAS: dict[str, str] = {
     "modeling_flax_mistral": "flax",

@@ -29,6 +29,7 @@ PACKAGES = (
     *("mistral_hf", "torch", "transformers", "tokenizers", "safetensors", "accelerate", "bitsandbytes", "flash-attn"),
     *("peft", "trl", "mistral-common", "jax", "flax", "tensorflow", "keras"),
 )
+
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
@@ -45,14 +46,19 @@ class Dtype(str, Enum):
 ModelOption = Annotated[
     str, typer.Option("--model", help="Folder or hub id of a checkpoint.", show_default="the bundled checkpoint")
 ]
+
 DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
+
 DeviceMapOption = Annotated[
     str | None, typer.Option(help="Placement, such as auto, cpu or cuda:1.", show_default="the accelerator, or the CPU")
 ]
+
 AttentionOption = Annotated[
     str | None, typer.Option(help="One of those that `mistral-hf info` lists.", show_default="sdpa")
 ]
+
 FourBitOption = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize to 4 bits (NF4) with bitsandbytes.")]
+
 SampleOption = Annotated[
     bool | None,
     typer.Option(
@@ -140,7 +146,7 @@ def chat(
     loaded, tokenizer = _load(model, dtype, device_map, attn_implementation, load_in_4bit)
     from transformers import TextStreamer, set_seed
 
-    from .chat_session import ChatSession
+    from .chat.session import ChatSession
 
     if seed is not None:
         set_seed(seed)
@@ -185,8 +191,8 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert raw Mistral weights to Hugging Face format."""
-    from .convert import convert_raw_to_hf
-    from .progress import byte_progress, run
+    from .convert.console import byte_progress, run
+    from .convert.folders import convert_raw_to_hf
 
     with run(), byte_progress() as progress:
         result = convert_raw_to_hf(
@@ -310,7 +316,7 @@ def _backend_state(name: str) -> str:
     from transformers import AutoModelForCausalLM
 
     from .configuration_mistral import MistralConfig
-    from .flash_kernels import NAME, find_kernels
+    from .torch.flash_kernels import NAME, find_kernels
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if name == "flex_attention" and device.type == "cpu":  # running it would spend its time in the compiler

@@ -33,13 +33,14 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask
-from .cache import RollingCache
+from .compatibility import check_decoder_weights, check_quantization
 from .configuration_mistral import MistralConfig
-from .flash import REQUIREMENTS
-from .losses import (
+from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask
+from .torch.cache import RollingCache
+from .torch.flash_attention import REQUIREMENTS
+from .torch.linear import fuse, fused_linear, is_plain, linear, require_fusible, unfuse
+from .torch.losses import (
     check_labels,
-    check_range,
     chunked_language_model_loss,
     language_model_loss,
     next_labels,
@@ -48,13 +49,18 @@ from .losses import (
     token_classification_loss,
     within_sequences,
 )
-from .places import flattened_segments, key_layout, packed_segments, positions, real_tokens, require_positions
-from .products import fuse, fused_linear, is_plain, linear, require_fusible, unfuse
+from .torch.sequence_layout import (
+    flattened_segments,
+    key_layout,
+    packed_segments,
+    positions,
+    real_tokens,
+    require_positions,
+)
+from .torch.validation import check_range
 
 logger = logging.get_logger(__name__)
-
 MLP_TOKENS = 2048  # of a long prompt, on a CPU, which the feed-forward layer takes at a time
-HEADS = ("lm_head.", "score.", "qa_outputs.")  # what may differ between a checkpoint and the model that it loads into
 
 
 class MistralPreTrainedModel(PreTrainedModel):
@@ -85,11 +91,12 @@ class MistralPreTrainedModel(PreTrainedModel):
                 is to be quantized again in another way.
         """
         wanted = kwargs.get("quantization_config")
-        _require_same_quantization(kwargs.get("config"), wanted)
+        check_quantization(kwargs.get("config"), wanted)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        _require_same_quantization(model.config, wanted)
+        check_quantization(model.config, wanted)
         if "num_hidden_layers" not in kwargs and getattr(model, "hf_quantizer", None) is None:
-            _require_same_weights(args[0] if args else "the state dict", info)
+            source = args[0] if args else "the state dict"
+            check_decoder_weights(source, info["missing_keys"], info["unexpected_keys"])
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -145,33 +152,6 @@ class MistralPreTrainedModel(PreTrainedModel):
     def _fusible(self) -> list[tuple[nn.Module, ...]]:
         kinds = (MistralAttention, MistralMLP)
         return [module.fusible() for module in self.modules() if isinstance(module, kinds)]
-
-
-def _require_same_quantization(config: Any, wanted: Any) -> None:
-    """What is in 4 or 8 bits stays as it is: its full precision is lost."""
-    present = getattr(config, "quantization_config", None)
-    if wanted is None or present is None:
-        return
-    old, new = (found if isinstance(found, dict) else found.to_dict() for found in (present, wanted))
-    for name in ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"):
-        if name in old and name in new and old[name] != new[name]:
-            raise ValueError(
-                f"The checkpoint is quantized with {name}={old[name]!r} and cannot be quantized again with"
-                f" {new[name]!r}: leave out quantization_config, or start from the checkpoint in full precision."
-            )
-
-
-def _require_same_weights(source: Any, info: dict[str, Any]) -> None:
-    """Heads may be new, or be left out; the decoder's own weights must all be there and be known."""
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(HEADS))
-    unknown = sorted(key for key in info["unexpected_keys"] if not (key.startswith(HEADS) or "rotary_emb" in key))
-    for keys, problem in ((missing, "lacks"), (unknown, "has unknown")):
-        if keys:
-            raise ValueError(
-                f"The checkpoint {str(source)!r} {problem} {len(keys)} weights of a Mistral decoder, the first of them"
-                f" {', '.join(keys[:3])}. Its config.json and its weights do not belong together: get both again from"
-                " where they came from, or convert raw Mistral weights first."
-            )
 
 
 class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):

@@ -12,16 +12,19 @@ import tensorflow as tf
 from transformers import GenerationConfig
 
 from .configuration_mistral import MistralConfig
-from .tf_attention import PADDING, AttentionPlan, TFMistralCache, default_capacity, size
-from .tf_generation import Generator
-from .tf_layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryEmbedding, Tensor, project
-from .tf_losses import classification_loss, language_model_loss
-from .tf_pretrained import TFMistralOutput, TFMistralPreTrainedModel
+from .tf.attention import AttentionPlan
+from .tf.cache import PADDING, TFMistralCache, default_capacity
+from .tf.generation import Generator
+from .tf.layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryEmbedding, Tensor, project
+from .tf.losses import classification_loss, language_model_loss
+from .tf.pretrained import TFMistralOutput, TFMistralPreTrainedModel
+from .tf.shapes import size
 
 _LAYER_WEIGHTS = (
     *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
+
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
 
 

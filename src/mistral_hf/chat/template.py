@@ -1,0 +1,78 @@
+"""Chat templates by tokenizer version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Message = Mapping[str, Any]
+
+TEMPLATES = {
+    "v1": "v1.jinja",
+    "v2": "v2.jinja",
+    "v3": "v3.jinja",
+    "v3-tekken": "v3.jinja",
+    "v7": "v7.jinja",
+    "v7-tekken": "v7.jinja",
+    "v11": "v11.jinja",
+    "v13": "v13.jinja",
+}
+"""The tokenizer versions with a chat template. A version writes the same with either kind of tokenizer."""
+
+
+def get_chat_template(version: str) -> str:
+    """The Jinja chat template for a tokenizer version.
+
+    It renders what Mistral's own tokenizer encodes for the same conversation, and raises for the conversations that
+    that one refuses. The assistant's parts are marked for `return_assistant_tokens_mask=True`.
+
+    Args:
+        version: One of `TEMPLATES`, such as `"v3"` or `"v7-tekken"`.
+
+    Returns:
+        The template's text, for `tokenizer.chat_template`.
+
+    Raises:
+        ValueError: If there is none for this version.
+    """
+    if version not in TEMPLATES:
+        raise ValueError(f"no chat template for version {version!r}: there are {', '.join(TEMPLATES)}")
+    folder = Path(__file__).with_name("templates")
+    number = version.removesuffix("-tekken").removeprefix("v")
+    parts = [(folder / name).read_text("utf-8") for name in ("turns.jinja", TEMPLATES[version])]
+    return f"{{%- set version = {number} -%}}\n" + "".join(parts)
+
+
+def validate_conversation(
+    messages: Sequence[Message], version: str, tools: Sequence[Any] | None = None, *, to_answer: bool = False
+) -> None:
+    """Check a conversation against the rules of a tokenizer version.
+
+    Args:
+        messages: Dictionaries with `role`, `content`, `tool_calls` and so on, as `apply_chat_template` takes them.
+        version: One of `TEMPLATES`.
+        tools: JSON schemas of the tools, or functions to make them of.
+        to_answer: Whether the model is to answer, so that the last message cannot be the assistant's.
+
+    Raises:
+        ValueError: If roles follow each other in a wrong order, tool results do not match calls, an id or a function
+            name is malformed, or content is missing or of a wrong type.
+    """
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not messages:
+        raise ValueError("a conversation must have at least one message")
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    try:
+        render_jinja_template(
+            conversations=[present],
+            tools=None if tools is None else list(tools),
+            chat_template=get_chat_template(version),
+            add_generation_prompt=to_answer,
+            bos_token="<s>",
+            eos_token="</s>",
+        )
+    except TemplateError as error:
+        raise ValueError(f"invalid conversation for version {version}: {error}") from error

@@ -1,0 +1,1 @@
+"""Checkpoint folders: read and written as a stream, without a tensor framework."""

@@ -1,0 +1,144 @@
+"""Whole checkpoint folders for the JAX and TensorFlow ports: finding, matching with a model, and saving."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import GenerationConfig
+
+from ..compatibility import BASE_PREFIX, HEADS, CheckpointError, check_decoder_weights
+from ..configuration_mistral import MistralConfig
+from .reader import Array, Checkpoint, Shape, open_checkpoint
+from .writer import LazyTensor, atomic_folder, write_checkpoint
+
+logger = logging.getLogger(__name__)
+_HUB_FILES = ("*.json", "*.safetensors")
+
+
+def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
+    """The folder of a checkpoint; one on the hub is downloaded, or found in the hub's cache.
+
+    Args:
+        name_or_path: A folder, or an id on the hub.
+        **hub_options: Of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+
+    Raises:
+        FileNotFoundError: There is neither such a folder nor such a model on the hub, or it cannot be reached.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=list(_HUB_FILES), **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{str(name_or_path)!r} is no folder here, and no model that the hub gives ({error}). Check the name;"
+            " a gated model needs `hf auth login`."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a checkpoint by the names of the model that they load into.
+
+    Attributes:
+        missing: Head weights that the checkpoint lacks: to be initialised afresh.
+        unexpected: Head weights that the model has no place for.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    _names: Mapping[str, str]
+    _checkpoint: Checkpoint
+
+    def stream(self) -> Iterator[tuple[str, Array]]:
+        """Yield the model's names with their values, one tensor in memory at a time."""
+        for name, stored in self._names.items():
+            yield name, self._checkpoint.read(stored)
+
+
+@contextmanager
+def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[Weights]:
+    """Match the safetensors files of a folder with a model, of any head or none.
+
+    Args:
+        folder: A checkpoint in the Hugging Face format.
+        wanted: The model's tensors, by their Hugging Face names (with the prefix ``model.`` unless it is a bare
+            `MistralModel`); a tied output layer is left out.
+
+    Raises:
+        CheckpointError: Weights of the decoder are missing, or unknown, or have another shape.
+    """
+    with open_checkpoint(folder) as checkpoint:
+        names, unexpected = _match(checkpoint, wanted)
+        missing = [name for name in wanted if name not in names]
+        check_decoder_weights(folder, missing, unexpected)
+        for name, stored in names.items():
+            if checkpoint[stored].shape != tuple(wanted[name]):
+                raise CheckpointError(
+                    f"{folder}: {stored} has shape {checkpoint[stored].shape}, but the configuration says"
+                    f" {tuple(wanted[name])}: config.json and weights do not belong together."
+                )
+        if missing:
+            logger.warning("%s lacks %s: newly initialised, to be trained.", folder, ", ".join(missing))
+        if unexpected:
+            logger.warning("%s has %s, which this model has no place for.", folder, ", ".join(unexpected))
+        yield Weights(tuple(missing), tuple(unexpected), names, checkpoint)
+
+
+def _match(found: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Wanted names with those they are stored under, and the stored names that are left over."""
+    theirs, ours = (any(name.startswith(BASE_PREFIX) for name in names) for names in (found, wanted))
+
+    def translate(name: str) -> str:
+        if theirs and not ours:
+            return name.removeprefix(BASE_PREFIX)
+        return BASE_PREFIX + name if ours and not theirs and not name.startswith(HEADS) else name
+
+    names = {translate(stored): stored for stored in found if "rotary_emb" not in stored}
+    left = [stored for name, stored in names.items() if name not in wanted]
+    return {name: names[name] for name in wanted if name in names}, left
+
+
+def save_folder(
+    folder: str | Path,
+    config: MistralConfig,
+    generation_config: GenerationConfig | None,
+    tensors: Sequence[LazyTensor],
+    *,
+    architecture: str,
+    dtype: str,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Write a checkpoint that every framework loads; a folder that is there already is replaced, not mixed with it.
+
+    Args:
+        folder: The target, which appears only when it is complete.
+        config: The model's configuration.
+        generation_config: Defaults of `generate`, or None.
+        tensors: The weights, by their Hugging Face names.
+        architecture: The PyTorch class of this model, such as ``"MistralForCausalLM"``.
+        dtype: Of the weights, such as ``"bfloat16"``.
+        max_shard_size: As of `output.write_checkpoint`.
+    """
+    fields = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
+    fields.pop("_name_or_path", None)
+    target = Path(folder)
+    kept = [path for path in target.iterdir() if path.is_file()] if target.is_dir() else []
+    needs = sum(tensor.info.nbytes for tensor in tensors)
+    with atomic_folder(folder, overwrite=any(target.glob("config.json")), needs_bytes=needs) as work:
+        write_checkpoint(work, tensors, max_shard_size=max_shard_size)
+        (work / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
+        if generation_config is not None:
+            generation_config.save_pretrained(work)
+        for path in kept:
+            if not (path.name.startswith("model") and ".safetensors" in path.name) and not (work / path.name).exists():
+                (work / path.name).write_bytes(path.read_bytes())

@@ -1,0 +1,346 @@
+"""Reading checkpoints as a stream: one tensor in memory at a time, whatever the checkpoint's size.
+
+Framework-free (NumPy arrays, bfloat16 through `ml_dtypes`); PyTorch is imported only to read a `.pth` file.
+
+    with open_checkpoint("model-folder") as checkpoint:
+        for name, info in checkpoint.items():
+            array = checkpoint.read(name)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..compatibility import CheckpointError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+
+_MAX_HEADER = 100_000_000
+_CHUNK = 1 << 22
+
+
+class TensorInfo(NamedTuple):
+    """What a checkpoint says of a tensor before reading it."""
+
+    dtype: str
+    """A NumPy or `ml_dtypes` name, such as `"bfloat16"`."""
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """The NumPy dtype of this name; bfloat16 and the 8-bit floats come from `ml_dtypes`."""
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return dtype
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays have the same dtype, shape and bytes (so a NaN equals itself, and 0.0 is not -0.0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(as_bytes(a), as_bytes(b))
+
+
+def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
+    """The bytes of an array's values in row order, without a copy if they lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+class _File(Protocol):
+    """One file, or one set of tensor-parallel files: what a checkpoint is put together from."""
+
+    infos: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Array: ...
+    def stream(self, name: str) -> Iterator[memoryview]: ...
+    def close(self) -> None: ...
+
+
+class SafetensorsFile:
+    """One safetensors file, read with plain `read` calls.
+
+    Nothing is mapped, so a file that is cut short while it is read raises instead of killing the process, and the
+    pages that were read do not count as the process's memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb")
+        self._buffers = [bytearray(), bytearray()]
+        try:
+            header, self._start = _read_header(self._file, path)
+        except BaseException:
+            self._file.close()
+            raise
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.infos = {name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"])) for name, e in header.items()}
+
+    def read(self, name: str) -> Array:
+        info = self.infos[name]
+        array = np.empty(info.nbytes, np.uint8)
+        self._file.seek(self._start + self._offsets[name])
+        if self._file.readinto(array.data) != info.nbytes:
+            raise CheckpointError(f"{self.path} ended while reading {name}: it is truncated; copy it again")
+        return array.view(numpy_dtype(info.dtype)).reshape(info.shape)
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        if not self._buffers[0]:
+            self._buffers = [bytearray(_CHUNK), bytearray(_CHUNK)]
+        left, position = self.infos[name].nbytes, self._start + self._offsets[name]
+        while left:
+            self._buffers.reverse()
+            chunk = memoryview(self._buffers[0])[: min(left, _CHUNK)]
+            self._file.seek(position)
+            if self._file.readinto(chunk) != len(chunk):
+                raise CheckpointError(f"{self.path} ended while reading {name}: it is truncated; copy it again")
+            left, position = left - len(chunk), position + len(chunk)
+            yield chunk
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the offset of its data, checked against the file's size."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
+        raise CheckpointError(f"{path} is no safetensors file, or is cut off within its header; copy it again")
+    try:
+        header: dict[str, Any] = json.loads(file.read(length))
+        ends = [_check_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); copy it again") from error
+    if 8 + length + max(ends, default=0) != size:
+        expected = 8 + length + max(ends, default=0)
+        raise CheckpointError(f"{path} has {size} bytes, but its header says {expected}: truncated; copy it again")
+    return header, 8 + length
+
+
+def _check_entry(name: str, entry: dict[str, Any]) -> int:
+    """Check one tensor's entry in a header and return where its data end."""
+    start, end = entry["data_offsets"]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not supported")
+    if start < 0 or end - start != TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"])).nbytes:
+        raise ValueError(f"{name} has a size other than its shape's")
+    return int(end)
+
+
+class TorchFile:
+    """One `.pth` file, memory-mapped; only tensors are unpickled, never objects."""
+
+    def __init__(self, path: Path) -> None:
+        import pickle
+
+        import torch
+
+        self.path = path
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{path} holds more than tensors and is refused; use a safetensors file") from error
+        except (RuntimeError, ValueError, EOFError, OSError) as error:
+            remedy = "it is truncated, or in the old format of PyTorch < 1.6; copy it again or save it anew"
+            raise CheckpointError(f"{path} cannot be memory-mapped ({error}): {remedy}") from error
+        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+            raise CheckpointError(f"{path} is no dictionary of tensors, so it is no checkpoint")
+        self._tensors: dict[str, Any] = tensors
+        self.infos = {k: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
+
+    def read(self, name: str) -> Array:
+        import torch
+
+        dtype, shape = self.infos[name]
+        array: Array = self._tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        return array.view(numpy_dtype(dtype)).reshape(shape)
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        yield as_bytes(self.read(name)).data
+
+    def close(self) -> None:
+        self._tensors.clear()
+
+
+class TensorParallelFiles:
+    """The files of several tensor-parallel ranks, read as if they were one.
+
+    A tensor is cut along the axis in which a rank's shape falls short of the whole; norms are on every rank alike.
+
+    Args:
+        ranks: One file a rank, in order.
+        shapes: The shapes of the whole tensors.
+    """
+
+    def __init__(self, ranks: Sequence[TorchFile | SafetensorsFile], shapes: Mapping[str, Shape]) -> None:
+        self._ranks = ranks
+        self.infos: dict[str, TensorInfo] = {}
+        self._axes: dict[str, int | None] = {}
+        names = set(ranks[0].infos)
+        for rank in ranks[1:]:
+            if set(rank.infos) != names:
+                odd = sorted(names ^ set(rank.infos))[0]
+                raise CheckpointError(f"{rank.path} and {ranks[0].path} are no ranks of one model: only one has {odd}")
+        for name in ranks[0].infos:
+            self._place(name, shapes.get(name))
+
+    def _place(self, name: str, whole: Shape | None) -> None:
+        parts = [rank.infos[name].shape for rank in self._ranks]
+        whole = parts[0] if whole is None else whole
+        cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
+        axis = self._axes[name] = cut[0] if cut else None
+        joined = parts[0]
+        if axis is not None:
+            joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
+        if joined != whole:
+            raise CheckpointError(f"{name}: the ranks' shapes {parts} do not make up {whole}: is a rank missing?")
+        self.infos[name] = TensorInfo(self._ranks[0].infos[name].dtype, whole)
+
+    def read(self, name: str) -> Array:
+        axis = self._axes[name]
+        if axis is not None:
+            return np.concatenate([rank.read(name) for rank in self._ranks], axis=axis)
+        first = self._ranks[0].read(name)
+        for rank in self._ranks[1:]:
+            if not same_bits(rank.read(name), first):
+                raise CheckpointError(f"{name} should be the same on every rank, but {rank.path} has other values")
+        return first
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        yield as_bytes(self.read(name)).data
+
+    def close(self) -> None:
+        for rank in self._ranks:
+            rank.close()
+
+
+class Checkpoint(Mapping[str, TensorInfo]):
+    """The tensors of a checkpoint: a mapping of names to `TensorInfo`, with `read(name)` for one tensor's values."""
+
+    def __init__(self, files: Sequence[_File]) -> None:
+        self._files = files
+        self._owner: dict[str, _File] = {}
+        for file in files:
+            for name in file.infos:
+                if name in self._owner:
+                    raise CheckpointError(f"tensor {name} is in two files of the checkpoint: remove the stale one")
+                self._owner[name] = file
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self._owner[name].infos[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __len__(self) -> int:
+        return len(self._owner)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, name: str) -> Array:
+        """The values of one tensor, as a new array."""
+        return self._owner[name].read(name)
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor in pieces, each unchanged until the next but one is asked for."""
+        return self._owner[name].stream(name)
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: info.shape for name, info in self.items()}
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+
+def open_checkpoint(folder: str | Path, stem: str = "model", shapes: Mapping[str, Shape] | None = None) -> Checkpoint:
+    """Open the weights in a folder, without reading them.
+
+    Args:
+        folder: The checkpoint's folder.
+        stem: `"model"` for the Hugging Face files, `"consolidated"` for the raw ones, `"adapter_model"`, `"lora"`.
+        shapes: The shapes of the whole tensors; needed to merge several `consolidated.NN.pth`.
+
+    Raises:
+        CheckpointError: If there are no weights, a shard is missing, a file is truncated, or the index is wrong.
+    """
+    folder = Path(folder)
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    ranks = sorted(folder.glob(f"{stem}.[0-9][0-9].pth"))
+    found = [path for path in (index, single, *ranks[:1]) if path.exists()]
+    if not found:
+        have = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder} holds no {single.name}, {index.name} or {stem}.00.pth ({have})")
+    if len(found) > 1:
+        raise CheckpointError(f"{folder} holds both {found[0].name} and {found[1].name}: remove the one not meant")
+    if ranks:
+        return Checkpoint([_open_ranks(ranks, stem, shapes or {})])
+    return _open_shards(index) if index.exists() else Checkpoint([SafetensorsFile(single)])
+
+
+def _open_ranks(paths: list[Path], stem: str, shapes: Mapping[str, Shape]) -> _File:
+    for number, path in enumerate(paths):
+        if path.name != f"{stem}.{number:02d}.pth":
+            raise CheckpointError(f"{path.parent} has {path.name} but lacks {stem}.{number:02d}.pth: a rank is missing")
+    ranks = [TorchFile(path) for path in paths]
+    return ranks[0] if len(ranks) == 1 else TensorParallelFiles(ranks, shapes)
+
+
+def _open_shards(index: Path) -> Checkpoint:
+    try:
+        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of shards ({error!r}); copy it again") from error
+    names = sorted(set(weight_map.values()))
+    if bad := [name for name in names if Path(name).name != name]:
+        raise CheckpointError(f"{index} points outside its folder: {bad[0]!r}")
+    if missing := [name for name in names if not (index.parent / name).exists()]:
+        raise CheckpointError(f"{index.parent} lacks the shard {missing[0]} ({len(missing)} of {len(names)} missing)")
+    files = {name: SafetensorsFile(index.parent / name) for name in names}
+    checkpoint = Checkpoint(list(files.values()))
+    held = {tensor: name for name, file in files.items() for tensor in file.infos}
+    if wrong := sorted(tensor for tensor, _ in held.items() ^ weight_map.items()):
+        checkpoint.close()
+        raise CheckpointError(f"{index} is wrong about {wrong[0]}: index and shards do not belong together")
+    return checkpoint

@@ -1,0 +1,304 @@
+"""Writing checkpoints: tensors as a stream, folders that appear only when complete, and their checksums.
+
+with atomic_folder("model-folder") as folder:
+    digests = write_checkpoint(folder, tensors, max_shard_size="5GB")
+    write_manifest(folder, digests)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..compatibility import CheckpointError
+from .reader import DTYPES, Array, TensorInfo, as_bytes, numpy_dtype
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+MANIFEST = "manifest.json"
+_PAGE = 4096
+_PIECE = 1 << 18  # larger writes ask the system for large free blocks of memory, smaller ones reuse what was just freed
+_CODES = {name: code for code, name in DTYPES.items()}
+_CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
+
+
+class LazyTensor(NamedTuple):
+    """A tensor to write: its values are asked for when their turn comes."""
+
+    name: str
+    info: TensorInfo
+    read: Callable[[], Array]
+    stream: Callable[[], Iterator[memoryview]] | None = None
+    """Used in place of `read` if given: the bytes in pieces, each unchanged until the next but one is asked for."""
+
+
+def write_checkpoint(
+    folder: str | Path,
+    tensors: Sequence[LazyTensor],
+    *,
+    stem: str = "model",
+    max_shard_size: int | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, str]:
+    """Write tensors as safetensors, each read, written and dropped before the next one is read.
+
+    Args:
+        folder: An existing folder; see `atomic_folder` for one that appears only when complete.
+        tensors: What to write, in order.
+        stem: The files' name: `stem.safetensors`, or `stem-00001-of-00003.safetensors` and so on with an index.
+        max_shard_size: In bytes or such as `"5GB"`; None for one file. A larger tensor gets a shard of its own.
+        progress: Called after each tensor.
+
+    Returns:
+        The SHA-256 of each file with weights.
+    """
+    folder = Path(folder)
+    shards = _plan_shards(tensors, parse_size(max_shard_size))
+    total = sum(tensor.info.nbytes for tensor in tensors)
+    done = 0
+    digests: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+
+        def report(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+        digests[name] = _write_safetensors(folder / name, shard, report)
+        weight_map |= {tensor.name: name for tensor in shard}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return digests
+
+
+def _plan_shards(tensors: Sequence[LazyTensor], limit: int | None) -> list[list[LazyTensor]]:
+    shards: list[list[LazyTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if limit is not None and shards[-1] and size + tensor.info.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.info.nbytes
+    return shards
+
+
+def _write_safetensors(path: Path, tensors: Sequence[LazyTensor], report: Callable[[int], None]) -> str:
+    """Lay out the header, then stream the tensors; hashing runs beside writing and reading. Returns the SHA-256."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, info, *_ in tensors:
+        start, end = end, end + info.nbytes
+        header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-(8 + len(encoded)) % _PAGE)
+    start_of_file = len(encoded).to_bytes(8, "little") + encoded
+    digest = hashlib.sha256(start_of_file)
+    with path.open("wb", buffering=0) as file:
+        written = _write_all(file, start_of_file, 0)
+        with ThreadPoolExecutor(1) as hasher:
+            hashed: Future[None] | None = None
+            for chunk in _chunks(tensors):
+                if hashed is not None:
+                    hashed.result()
+                hashed = hasher.submit(digest.update, chunk)
+                written = _write_all(file, chunk, written)
+                report(len(chunk))
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _chunks(tensors: Sequence[LazyTensor]) -> Iterator[memoryview]:
+    for name, info, read, stream in tensors:
+        if stream is not None:
+            yield from stream()
+            continue
+        array = read()
+        if array.shape != info.shape or array.dtype != numpy_dtype(info.dtype):
+            raise CheckpointError(f"{name} was announced as {info}, but is {array.dtype} {array.shape}")
+        yield as_bytes(array).data
+
+
+def _write_all(file: Any, chunk: bytes | memoryview, position: int) -> int:
+    """Write a chunk at the end of a file that is `position` long, and return the new length."""
+    view = memoryview(chunk)
+    while view:
+        view = view[file.write(view[:_PIECE]) :]
+    end = position + len(chunk)
+    if hasattr(os, "posix_fadvise"):  # let whole pages go to disk now: their memory is reused, and fsync has less to do
+        first, last = position // _PAGE * _PAGE, end // _PAGE * _PAGE
+        if last > first:
+            os.posix_fadvise(file.fileno(), first, last - first, os.POSIX_FADV_DONTNEED)
+    return end
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """Bytes from a number or from text such as `"5GB"` or `"512MiB"`; None stays None."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or int(match[1]) == 0:
+        raise ValueError(f"cannot read the size {size!r}: say for example '5GB' or '512MiB'")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+@contextmanager
+def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+    """A folder to write into, which takes its name only when the block ends without an error.
+
+    The work happens in `.NAME.incomplete` beside the target. An error removes it; a killed run leaves it, and the
+    next run on the same target clears it. Files are synced to disk before the folder is renamed.
+
+    Args:
+        path: The target.
+        overwrite: Replace a checkpoint folder that is already there.
+        needs_bytes: Refuse at once if the disk has not this much free.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        FileExistsError: If the target exists and is not to be replaced, or does not look like a checkpoint.
+        BlockingIOError: If another run is writing the same target.
+        OSError: If the disk is too small.
+    """
+    target = Path(path).absolute()
+    work, old = target.with_name(f".{target.name}.incomplete"), target.with_name(f".{target.name}.replaced")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _claim(work, target):
+        try:
+            _restore(target, old)
+            _check_replaceable(target, overwrite)
+            free = shutil.disk_usage(target.parent).free
+            if free < needs_bytes:
+                raise OSError(
+                    f"{target.parent} has {free / 1e9:.1f} GB free, but {needs_bytes / 1e9:.1f} GB are needed"
+                )
+            yield work
+            _sync(work)
+            _move(work, target, old)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _claim(work: Path, target: Path) -> Iterator[None]:
+    """Make an empty `work` folder for this process alone; the system drops the claim when the process ends."""
+    import fcntl
+
+    while True:
+        work.mkdir(exist_ok=True)
+        descriptor = os.open(work, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not work.exists() or os.fstat(descriptor).st_ino != work.stat().st_ino:
+                continue  # the run that made it has just finished
+            for leftover in work.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield
+            return
+        except BlockingIOError:
+            raise BlockingIOError(f"another run is writing {target}: wait for it, or stop it") from None
+        finally:
+            os.close(descriptor)
+
+
+def _restore(target: Path, old: Path) -> None:
+    """Undo a replacement that was cut short between its two renames, and clear one that was cut short after them."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} exists: give another output, or --overwrite to replace it")
+    if not any((target / name).is_file() for name in _CHECKPOINT_FILES):
+        raise FileExistsError(f"{target} does not look like a checkpoint, so it is not replaced: remove it yourself")
+
+
+def _sync(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move(work: Path, target: Path, old: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        target.rename(old)
+    work.rename(target)
+    _fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
+    """Write `manifest.json`: the size and SHA-256 of every file in the folder.
+
+    Args:
+        folder: The finished folder.
+        known: Checksums that need not be computed again, by file name.
+    """
+    known = known or {}
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": known.get(path.name) or file_sha256(path),
+        }
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (Path(folder) / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
+
+
+def check_manifest(folder: str | Path) -> int:
+    """Compare every file with the folder's `manifest.json`.
+
+    Returns:
+        The number of files that were compared.
+
+    Raises:
+        ValueError: If a file is missing or differs; the message names it.
+    """
+    folder = Path(folder)
+    files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, but {MANIFEST} lists it")
+        if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
+            raise ValueError(f"{path} is not the file that {MANIFEST} lists: copy or convert it again")
+    return len(files)

@@ -1,0 +1,33 @@
+"""What the commands that move weights share: a progress bar over bytes, and errors as one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from tqdm.auto import tqdm
+
+from ..checkpoints.writer import Progress
+
+
+@contextmanager
+def byte_progress() -> Iterator[Progress]:
+    """A progress callback that draws a bar with bytes per second and the time that is left."""
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield report
+
+
+@contextmanager
+def run() -> Iterator[None]:
+    """Turn an error that explains itself into one line and exit code 1."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error

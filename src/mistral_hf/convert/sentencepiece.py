@@ -1,0 +1,131 @@
+"""SentencePiece `.model` files: reading the protocol buffer, and the tokenizer that it describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, normalizers
+
+_STAND_IN = 0xFDD0
+"""The first of the 32 code points that Unicode sets aside for a program's own use (U+FDD0 to U+FDEF)."""
+
+
+class Piece(NamedTuple):
+    """One entry of a SentencePiece vocabulary."""
+
+    text: str
+    score: float
+    kind: int
+
+
+_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+
+
+class SentencePieceModel(NamedTuple):
+    """What the conversion needs of a SentencePiece model file."""
+
+    pieces: list[Piece]
+    trainer: dict[int, Any]
+    normalizer: dict[int, Any]
+
+
+def read_sentencepiece(path: str | Path) -> SentencePieceModel:
+    """Read a `.model` file (a protocol buffer) of a BPE model with byte fallback and a dummy prefix.
+
+    Raises:
+        ValueError: If the file is none, or is truncated.
+    """
+    try:
+        fields = list(_fields(memoryview(Path(path).read_bytes())))
+        pieces = [_piece(value) for number, value in fields if number == 1]
+        trainer, normalizer = (dict(_fields(dict(fields)[number])) for number in (2, 3))
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no SentencePiece model, or is truncated ({error!r}): copy it again") from error
+    is_bpe, byte_fallback = trainer.get(3, 1) == 2, trainer.get(35, 0) == 1
+    keeps_text = not normalizer.get(2, b"") and normalizer.get(3, 1) and not normalizer.get(4, 1)
+    if not (is_bpe and byte_fallback and keeps_text):
+        raise ValueError(f"{path} is no Mistral tokenizer: it is not BPE with byte fallback and untouched text")
+    return SentencePieceModel(pieces, trainer, normalizer)
+
+
+def _piece(encoded: memoryview) -> Piece:
+    fields = dict(_fields(encoded))
+    return Piece(bytes(fields[1]).decode(), fields.get(2, 0.0), fields.get(3, _NORMAL))
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """The (number, value) pairs of a protocol buffer message: varints, 32-bit floats, and bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        kind = key & 7
+        if kind == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        size, position = (4, position) if kind == 5 else _varint(data, position)
+        if kind not in (2, 5) or position + size > len(data):
+            raise ValueError(f"bad field at byte {position}")
+        part = data[position : position + size]
+        yield key >> 3, part.cast("f")[0] if kind == 5 else part
+        position += size
+
+
+def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 0x80:
+            return value, position
+
+
+def sentencepiece_version(path: Path, model: SentencePieceModel) -> str:
+    """The version in the file's name, or else the one whose control tokens the vocabulary has."""
+    named = re.search(r"\.v(\d+)(m\d+)?$", path.name)
+    if named:
+        return f"v{named[1]}"
+    controls = {piece.text for piece in model.pieces if piece.kind == _CONTROL}
+    marks = (("[SYSTEM_PROMPT]", "v7"), ("[PREFIX]", "v3"), ("[INST]", "v2"))
+    return next((version for mark, version in marks if mark in controls), "v1")
+
+
+def sentencepiece_tokenizer(model: SentencePieceModel) -> tuple[Tokenizer, list[str]]:
+    """Build the tokenizer, and list its special tokens, which are still to be added.
+
+    Each stretch of text between special tokens gets SentencePiece's dummy prefix, as if encoded on its own: that is
+    how Mistral encodes the parts of a conversation. A user-defined piece such as `[REF]` is one token wherever it
+    stands and takes no part in merges, so a stand-in character takes its place in the vocabulary.
+    """
+    defined = {p.text: chr(_STAND_IN + i) for i, p in enumerate(p for p in model.pieces if p.kind == _USER_DEFINED)}
+    vocab = {defined.get(piece.text, piece.text): i for i, piece in enumerate(model.pieces)}
+    if len(vocab) != len(model.pieces) or len(defined) > 32:
+        raise ValueError("the SentencePiece vocabulary has duplicates, or too many user-defined pieces")
+    scores = {piece.text: piece.score for piece in model.pieces if piece.kind == _NORMAL}
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocab, merges=_merges_of_scores(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        + [normalizers.Replace(text, stand_in) for text, stand_in in defined.items()]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        + [decoders.Replace(stand_in, text) for text, stand_in in defined.items()]
+    )
+    return tokenizer, ["<unk>"] + [p.text for p in model.pieces if p.kind == _CONTROL]
+
+
+def _merges_of_scores(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes up a piece, the highest score first."""
+    merges = [
+        (-score, whole, whole[:cut], whole[cut:])
+        for whole, score in scores.items()
+        for cut in range(1, len(whole))
+        if whole[:cut] in scores and whole[cut:] in scores
+    ]
+    return [(left, right) for _, _, left, right in sorted(merges, key=lambda merge: merge[0])]

@@ -1,0 +1,232 @@
+"""Raw Mistral weights <-> Hugging Face: tensor names, shapes, and the rotary permutation.
+
+Pure functions on names, shapes and plain dicts: no file access and no framework import. Arrays are handled by duck
+typing (`reshape` and `swapaxes`, which NumPy, PyTorch and JAX share).
+
+Dimensions: `H` heads (query or key heads), `D` head_dim.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeAlias
+
+Params = dict[str, Any]
+Shape = tuple[int, ...]
+Array: TypeAlias = Any
+"""A NumPy, PyTorch or JAX array."""
+
+
+class NameTable:
+    """A one-to-one table between two naming schemes, read in either direction.
+
+    `{n}` stands for a number (a layer, usually) and is carried across.
+
+    Args:
+        pairs: `(source, target)` name patterns.
+
+    Example:
+        >>> table = NameTable([("layers.{n}.attention.wq.weight", "model.layers.{n}.self_attn.q_proj.weight")])
+        >>> table.forward("layers.3.attention.wq.weight")
+        'model.layers.3.self_attn.q_proj.weight'
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
+        self.pairs = tuple(pairs)
+        for side in zip(*self.pairs, strict=True):
+            if len(set(side)) != len(side):
+                raise ValueError(f"a name table must be one-to-one, but a name repeats in {side}")
+        self._forward = dict(self.pairs)
+        self._backward = {target: source for source, target in self.pairs}
+
+    def forward(self, name: str) -> str:
+        """Translate a source name. Raises `ValueError` for a name that the table does not hold."""
+        return _translate(self._forward, name)
+
+    def backward(self, name: str) -> str:
+        """Translate a target name back. Raises `ValueError` for a name that the table does not hold."""
+        return _translate(self._backward, name)
+
+
+def _translate(table: Mapping[str, str], name: str) -> str:
+    if name in table:
+        return table[name]
+    pattern, number = _pattern_of(name)
+    if pattern not in table:
+        raise ValueError(f"unknown tensor name {name!r}: it belongs to no dense Mistral text model")
+    return table[pattern].replace("{n}", number)
+
+
+def _pattern_of(name: str) -> tuple[str, str]:
+    """Split `layers.3.ffn_norm.weight` into `layers.{n}.ffn_norm.weight` and `3`."""
+    match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+    if match is None:
+        return name, ""
+    return f"{name[: match.start()]}{{n}}{name[match.end() :]}", match.group()
+
+
+_LINEAR = (
+    ("layers.{n}.attention.wq", "model.layers.{n}.self_attn.q_proj"),
+    ("layers.{n}.attention.wk", "model.layers.{n}.self_attn.k_proj"),
+    ("layers.{n}.attention.wv", "model.layers.{n}.self_attn.v_proj"),
+    ("layers.{n}.attention.wo", "model.layers.{n}.self_attn.o_proj"),
+    ("layers.{n}.feed_forward.w1", "model.layers.{n}.mlp.gate_proj"),
+    ("layers.{n}.feed_forward.w2", "model.layers.{n}.mlp.down_proj"),
+    ("layers.{n}.feed_forward.w3", "model.layers.{n}.mlp.up_proj"),
+)
+
+_OTHER = (
+    ("tok_embeddings", "model.embed_tokens"),
+    ("layers.{n}.attention_norm", "model.layers.{n}.input_layernorm"),
+    ("layers.{n}.ffn_norm", "model.layers.{n}.post_attention_layernorm"),
+    ("norm", "model.norm"),
+    ("output", "lm_head"),
+)
+
+RAW_TO_HF = NameTable((f"{raw}.weight", f"{hf}.weight") for raw, hf in _LINEAR + _OTHER)
+"""Names of the raw format to those of Hugging Face."""
+
+LORA_TO_PEFT = NameTable(
+    (f"{raw}.lora_{side}.weight", f"base_model.model.{hf}.lora_{side}.weight") for raw, hf in _LINEAR for side in "AB"
+)
+"""Names of a raw LoRA file to those of a PEFT adapter."""
+
+_ROTARY = {
+    "layers.{n}.attention.wq.weight": "n_heads",
+    "layers.{n}.attention.wk.weight": "n_kv_heads",
+    "layers.{n}.attention.wq.lora_B.weight": "n_heads",
+    "layers.{n}.attention.wk.lora_B.weight": "n_kv_heads",
+}
+
+
+def is_rotary(raw_name: str) -> bool:
+    """Whether the rows of this raw tensor change their order in translation; all other tensors stay as they are."""
+    return _pattern_of(raw_name)[0] in _ROTARY
+
+
+def interleaved_to_half(weight: Array, heads: int) -> Array:
+    """Reorder the rows of a query or key projection from interleaved to half-rotation RoPE.
+
+    The raw format rotates the pairs of rows (0, 1), (2, 3), ...; Hugging Face rotates (0, D/2), (1, D/2 + 1), ...
+
+    Args:
+        weight: `[H * D, inputs]`, or `[H * D]`.
+        heads: `H`: the query heads for q, the key/value heads for k.
+
+    Returns:
+        The same values in the new row order.
+    """
+    return _swap_rows(weight, (heads, _half_dim(weight, heads), 2))
+
+
+def half_to_interleaved(weight: Array, heads: int) -> Array:
+    """Undo `interleaved_to_half`."""
+    return _swap_rows(weight, (heads, 2, _half_dim(weight, heads)))
+
+
+def _half_dim(weight: Array, heads: int) -> int:
+    rows = int(weight.shape[0])
+    if rows % (2 * heads):
+        raise ValueError(f"{rows} rows do not split into {heads} heads of an even size: check the head count")
+    return rows // (2 * heads)
+
+
+def _swap_rows(weight: Array, split: Shape) -> Array:
+    shape = tuple(weight.shape)
+    return weight.reshape((*split, *shape[1:])).swapaxes(1, 2).reshape(shape)
+
+
+def raw_to_hf(name: str, weight: Array, params: Params) -> tuple[str, Array]:
+    """Translate one raw tensor, of a model or of a LoRA file, into its Hugging Face name and row order."""
+    table = LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF
+    heads = _ROTARY.get(_pattern_of(name)[0])
+    return table.forward(name), weight if heads is None else interleaved_to_half(weight, params[heads])
+
+
+def hf_to_raw(name: str, weight: Array, params: Params) -> tuple[str, Array]:
+    """Undo `raw_to_hf`: one Hugging Face (or PEFT) tensor into its raw name and row order."""
+    raw_name = (LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF).backward(name)
+    heads = _ROTARY.get(_pattern_of(raw_name)[0])
+    return raw_name, weight if heads is None else half_to_interleaved(weight, params[heads])
+
+
+def raw_shapes(params: Params) -> dict[str, Shape]:
+    """The name and shape of every tensor of a raw checkpoint with these normalized `params`, in file order."""
+    dim, hidden, vocab = params["dim"], params["hidden_dim"], params["vocab_size"]
+    q_rows, kv_rows = params["n_heads"] * params["head_dim"], params["n_kv_heads"] * params["head_dim"]
+    layer: dict[str, Shape] = {
+        "attention_norm": (dim,),
+        "attention.wq": (q_rows, dim),
+        "attention.wk": (kv_rows, dim),
+        "attention.wv": (kv_rows, dim),
+        "attention.wo": (dim, q_rows),
+        "ffn_norm": (dim,),
+        "feed_forward.w1": (hidden, dim),
+        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w3": (hidden, dim),
+    }
+    shapes: dict[str, Shape] = {"tok_embeddings.weight": (vocab, dim)}
+    for n in range(params["n_layers"]):
+        shapes |= {f"layers.{n}.{name}.weight": shape for name, shape in layer.items()}
+    shapes["norm.weight"] = (dim,)
+    if not params["tied_embeddings"]:
+        shapes["output.weight"] = (vocab, dim)
+    return shapes
+
+
+def hf_shapes(params: Params) -> dict[str, Shape]:
+    """The name and shape of every tensor of a Hugging Face checkpoint with these normalized `params`."""
+    return {RAW_TO_HF.forward(name): shape for name, shape in raw_shapes(params).items()}
+
+
+def check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
+    """Raise `ValueError` unless a checkpoint holds exactly the expected tensors in the expected shapes."""
+    unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
+    if unknown:
+        raise ValueError(f"{where} holds {len(unknown)} tensors that {_refusal_of(unknown)}: {_some(unknown)}")
+    if missing:
+        raise ValueError(f"{where} lacks {len(missing)} tensors: {_some(missing)}. Is a shard missing?")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, but the configuration says {shape}")
+
+
+_FOREIGN_TENSORS = {
+    "experts": "belong to a mixture of experts, which is no dense Mistral",
+    "mixer": "belong to a mamba model, which is no Mistral transformer",
+    "vision": "belong to a vision tower, which a text model has no place for",
+    "qscale": "belong to a quantized checkpoint; convert the unquantized one",
+    "lora_": "belong to a LoRA adapter; convert it with its own folder",
+}
+
+
+def _refusal_of(names: Iterable[str]) -> str:
+    joined = " ".join(names)
+    return next((why for part, why in _FOREIGN_TENSORS.items() if part in joined), "a dense Mistral has no place for")
+
+
+def _some(names: Collection[str]) -> str:
+    shown = list(names)[:4]
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
+
+
+def check_adapter(found: Mapping[str, Shape], params: Params, where: str) -> int:
+    """Check a raw adapter's tensors against the model that `params` describe, and return its rank.
+
+    Args:
+        found: The shapes, by raw name: `lora_A` `[rank, inputs]` and `lora_B` `[outputs, rank]` for each projection.
+        params: The normalized params of the base model.
+        where: What to call the adapter in an error.
+    """
+    if not found:
+        raise ValueError(f"{where} holds no tensors")
+    whole = raw_shapes(params)
+    rank = min(next(iter(found.values())))
+    expected: dict[str, Shape] = {}
+    for name in found:
+        outputs, inputs = whole.get(f"{name.split('.lora_')[0]}.weight", (0, 0))
+        prefix = name.split(".lora_")[0]
+        expected |= {f"{prefix}.lora_A.weight": (rank, inputs), f"{prefix}.lora_B.weight": (outputs, rank)}
+    check_tensors(found, expected, where)
+    return rank

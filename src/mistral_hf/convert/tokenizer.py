@@ -1,0 +1,130 @@
+"""Mistral's tokenizer files (SentencePiece `.model`, `tekken.json`) to `tokenizer.json` and `tokenizer_config.json`.
+
+Needs the `tokenizers` library alone: neither sentencepiece nor mistral-common, here or when the result is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, processors
+
+from ..chat.template import get_chat_template
+from .sentencepiece import read_sentencepiece, sentencepiece_tokenizer, sentencepiece_version
+from .tekken import read_tekken, tekken_tokenizer
+
+RAW_TOKENIZER_FILES = (("tekken.json",), ("tokenizer.model", "*.model.v*"))
+"""The names of raw tokenizers; a tekken file goes before SentencePiece ones."""
+
+
+class TokenizerInfo(NamedTuple):
+    """What a converted tokenizer says of itself."""
+
+    version: str
+    """Such as `"v3"` or `"v3-tekken"`: the key of `get_chat_template`."""
+    vocab_size: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+def find_raw_tokenizer(folder: str | Path) -> Path | None:
+    """The raw tokenizer file in a folder, or in its `original` subfolder; None if there is none.
+
+    Raises:
+        ValueError: If there are several that differ.
+    """
+    for place in (Path(folder), Path(folder) / "original"):
+        for patterns in RAW_TOKENIZER_FILES:
+            files = sorted(file for pattern in patterns for file in place.glob(pattern))
+            if len({file.read_bytes() for file in files}) > 1:
+                names = ", ".join(file.name for file in files)
+                raise ValueError(f"{place} holds several tokenizers ({names}): remove those not meant")
+            if files:
+                return files[-1]
+    return None
+
+
+def convert_tokenizer(
+    source: str | Path, folder: str | Path, *, version: str | None = None, max_length: int | None = None
+) -> TokenizerInfo:
+    """Write `tokenizer.json` and `tokenizer_config.json`, chat template included, for a raw tokenizer file.
+
+    Args:
+        source: A `tekken.json` or a SentencePiece `.model` file.
+        folder: An existing folder.
+        version: Such as `"v3"`, if the file is not what its own content says.
+        max_length: The model's longest input, for `model_max_length`.
+
+    Raises:
+        ValueError: If the file is damaged, of an unknown version, or no BPE model.
+    """
+    source = Path(source)
+    if source.suffix == ".json":
+        tokenizer, special, version = tekken_tokenizer(read_tekken(source), source, version)
+    else:
+        model = read_sentencepiece(source)
+        tokenizer, special = sentencepiece_tokenizer(model)
+        version = version or sentencepiece_version(source, model)
+    _add_special_tokens(tokenizer, special)
+    pad = "<pad>" if tokenizer.token_to_id("<pad>") is not None else "<unk>"
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": pad,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "mistral_version": version,
+        "chat_template": get_chat_template(version),
+    }
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    (Path(folder) / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8"
+    )
+    ids = [_id_of(tokenizer, token) for token in ("<s>", "</s>", pad)]
+    return TokenizerInfo(version, tokenizer.get_vocab_size(), *ids)
+
+
+def _id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise ValueError(f"the vocabulary lacks {token}")
+    return int(token_id)
+
+
+def raw_encoder(source: str | Path) -> Callable[[str], list[int]]:
+    """A function that encodes text as a raw tokenizer file says, control tokens being mere text.
+
+    It is mistral-common's own if that is installed, and the conversion's otherwise.
+    """
+    source = Path(source)
+    try:
+        from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        reference: Any = Tekkenizer.from_file(source) if source.suffix == ".json" else SentencePieceTokenizer(source)
+        return lambda text: list(reference.encode(text, bos=False, eos=False))
+    except ImportError:
+        if source.suffix == ".json":
+            tokenizer, special, _ = tekken_tokenizer(read_tekken(source), source, None)
+        else:
+            tokenizer, special = sentencepiece_tokenizer(read_sentencepiece(source))
+        _add_special_tokens(tokenizer, special)
+        tokenizer.encode_special_tokens = True
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _add_special_tokens(tokenizer: Tokenizer, special: Iterable[str]) -> None:
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    begin = ("<s>", _id_of(tokenizer, "<s>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[begin]
+    )

@@ -1,0 +1,174 @@
+"""Compare two checkpoint folders, each raw or in Hugging Face format: tensors, configuration, tokenizer, logits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checkpoints.reader import Checkpoint, open_checkpoint, same_bits
+from ..checkpoints.writer import Progress
+from .params import Params, complete_params, config_to_params, normalize_params, params_difference
+from .raw_forward import raw_logits
+from .tensors import RAW_TO_HF, hf_to_raw, raw_shapes
+from .tokenizer import find_raw_tokenizer, raw_encoder
+
+SAMPLE_TEXT = (
+    "The quick brown fox jumps over the lazy dog. Größe, naïve café — 東京は晴れ、안녕하세요! Привет, שלום, مرحبا"
+    " 👩‍👩‍👧\n\n  def f(x):\n\treturn x ** 2  # 12345\r\n[INST] </s> <unk> [/INST]   trailing spaces   "
+)
+"""Scripts, emoji, runs of spaces, code and look-alikes of control tokens."""
+
+
+class Check(NamedTuple):
+    """One comparison and its outcome. `ok` is None if it could not be made."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+class _Side(NamedTuple):
+    folder: Path
+    is_raw: bool
+    params: Params
+    checkpoint: Checkpoint
+
+    def read_raw(self, name: str) -> Any:
+        """A tensor under its raw name and in raw row order, whatever the folder's format."""
+        if self.is_raw:
+            return self.checkpoint.read(name)
+        hf_name = RAW_TO_HF.forward(name)
+        return hf_to_raw(hf_name, self.checkpoint.read(hf_name), self.params)[1]
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    text: str = SAMPLE_TEXT,
+    logits: bool = True,
+    tolerance: float = 1e-4,
+    progress: Progress | None = None,
+) -> Iterator[Check]:
+    """Compare two folders.
+
+    Args:
+        a: A raw folder (`params.json`) or a Hugging Face one (`config.json`).
+        b: The other.
+        text: What both tokenizers encode, and the models read.
+        logits: Whether to run both models, in float32: the raw one with its own small forward, one layer in memory
+            at a time, the Hugging Face one with `AutoModelForCausalLM`, which needs memory for the whole model.
+        tolerance: The largest difference of logits that passes, relative to the largest logit.
+        progress: Called with (tensors done, tensors in all).
+
+    Yields:
+        One `Check` for the tensors, the configuration, the tokenizer and the logits each.
+    """
+    with _open_side(Path(a)) as first, _open_side(Path(b)) as second:
+        unsaid = [field for field in _MAY_BE_UNSAID if None in (first.params[field], second.params[field])]
+        first, second = _filled(first, second), _filled(second, first)
+        yield _compare_config(first, second, unsaid)
+        yield _compare_tensors(first, second, progress)
+        yield _compare_tokenizers(first, second, text)
+        if logits:
+            yield _compare_logits(first, second, text, tolerance)
+
+
+_MAY_BE_UNSAID = ("rope_theta", "max_seq_len")
+
+
+def _filled(side: _Side, other: _Side) -> _Side:
+    """Fill what a raw `params.json` may leave out from the other side."""
+    params = side.params | {f: other.params[f] for f in _MAY_BE_UNSAID if side.params[f] is None}
+    if None not in (params[f] for f in _MAY_BE_UNSAID):
+        params, _ = complete_params(params)
+    return side._replace(params=params)
+
+
+@contextmanager
+def _open_side(folder: Path) -> Iterator[_Side]:
+    is_raw = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
+    path = folder / ("params.json" if is_raw else "config.json")
+    if not path.is_file():
+        raise ValueError(f"{folder} holds neither params.json nor config.json, so it is no checkpoint")
+    content = json.loads(path.read_text("utf-8"))
+    params = normalize_params(content) if is_raw else config_to_params(content)
+    stem = "consolidated" if is_raw else "model"
+    with open_checkpoint(folder, stem, raw_shapes(params) if is_raw else None) as checkpoint:
+        yield _Side(folder, is_raw, params, checkpoint)
+
+
+def _compare_config(a: _Side, b: _Side, unsaid: Sequence[str]) -> Check:
+    differing = params_difference(a.params, b.params)
+    detail = "; ".join(f"{field}: {x!r} and {y!r}" for field, (x, y) in differing.items()) or "all fields agree"
+    return Check(
+        "configuration", not differing, detail + (f" (not said on both: {', '.join(unsaid)})" if unsaid else "")
+    )
+
+
+def _compare_tensors(a: _Side, b: _Side, progress: Progress | None) -> Check:
+    names = list(raw_shapes(a.params))
+    other = set(raw_shapes(b.params))
+    if other != set(names):
+        return Check("tensors", False, f"different sets: {sorted(other ^ set(names))[:4]}")
+    for done, name in enumerate(names, 1):
+        x, y = a.read_raw(name), b.read_raw(name)
+        if not same_bits(x, y):
+            what = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}" if x.dtype != y.dtype else "different values"
+            return Check("tensors", False, f"{name}: {what}")
+        if progress is not None:
+            progress(done, len(names))
+    return Check("tensors", True, f"{len(names)} tensors are the same, bit for bit")
+
+
+def _encoder(side: _Side) -> Callable[[str], list[int]] | None:
+    raw = find_raw_tokenizer(side.folder)
+    if side.is_raw:
+        return None if raw is None else raw_encoder(raw)
+    if not (side.folder / "tokenizer.json").is_file():
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(side.folder)
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+
+def _compare_tokenizers(a: _Side, b: _Side, text: str) -> Check:
+    encoders = _encoder(a), _encoder(b)
+    missing = [str(side.folder) for side, encode in zip((a, b), encoders, strict=True) if encode is None]
+    if missing:
+        return Check("tokenizer", None, f"not compared: no tokenizer in {' and '.join(missing)}")
+    ids = [encode(text) for encode in encoders if encode is not None]
+    wrong = next((i for i, (x, y) in enumerate(zip(*ids, strict=False)) if x != y), None)
+    if wrong is None and len(ids[0]) == len(ids[1]):
+        return Check("tokenizer", True, f"the same {len(ids[0])} ids for the sample text")
+    return Check(
+        "tokenizer", False, f"the ids differ from token {wrong if wrong is not None else min(map(len, ids))} on"
+    )
+
+
+def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
+    encode = _encoder(a) or _encoder(b)
+    vocab = a.params["vocab_size"]
+    tokens = [1, *(encode(text) if encode else np.random.default_rng(0).integers(3, vocab, 64).tolist())]
+    x, y = _logits(a, tokens), _logits(b, tokens)
+    error = float(np.abs(x - y).max() / np.abs(x).max())
+    return Check(
+        "logits", error <= tolerance, f"largest difference {error:.1e} of the largest logit, limit {tolerance:.0e}"
+    )
+
+
+def _logits(side: _Side, tokens: Sequence[int]) -> Any:
+    if side.is_raw:
+        return raw_logits(side.checkpoint, side.params, tokens)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(side.folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([list(tokens)])).logits[0].numpy()

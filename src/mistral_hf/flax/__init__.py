@@ -1,0 +1,1 @@
+"""The JAX port, as Flax NNX modules."""

@@ -1,0 +1,104 @@
+"""The rolling buffer of keys and values, in JAX.
+
+Legend: B batch, S new tokens, K key/value heads, D head_dim, W window.
+
+A token with index p (its place in the sequence, padding included) lives in slot ``p % slots`` of a buffer
+``[B, K, slots, D]`` with at most W slots. With W=4, a prompt of six tokens and one decoding step:
+
+    prompt   tokens 0 1 2 3 4 5 -> slots  0 1 2 3      holds tokens 4 5 2 3
+    decode   token  6           -> slot   2            holds tokens 4 5 6 3: exactly those that query 6 sees
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RollingCache:
+    """Keys and values of the last tokens of every layer; a pytree that every call returns anew.
+
+    Attributes:
+        keys: ``[B, K, slots, D]`` for every layer, or all layers in one ``[layers, B, K, slots, D]``.
+        values: The same of the values.
+        real: ``[B, slots]``, whether a slot holds a token that is no padding.
+        length: Tokens that every row has had so far, padding included; a scalar.
+        start: ``[B]``, index of the first token that is no padding.
+        empty: Whether nothing has been stored, known when a program is compiled.
+    """
+
+    keys: Any
+    values: Any
+    real: Array
+    length: Array
+    start: Array
+    empty: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def slots(self) -> int:
+        """Number of tokens that the buffer can hold."""
+        return int(self.real.shape[1])
+
+    def mark(self, real: Array) -> RollingCache:
+        """The cache that has seen new tokens ``[B, S]``, of which only the keys and values are still to be stored."""
+        count = real.shape[1]
+        first = jnp.where(real.any(axis=1), jnp.argmax(real, axis=1), count) + self.length
+        return RollingCache(
+            keys=self.keys,
+            values=self.values,
+            real=store(self.real[:, None, :, None], real[:, None, :, None], self.length)[:, 0, :, 0],
+            length=self.length + count,
+            start=jnp.where(self.start < self.length, self.start, first),
+        )
+
+    def positions(self, count: int) -> Array:
+        """Positions ``[B, count]`` of the last tokens: the first real token of a row has position 0."""
+        index = self.length - count + jnp.arange(count)
+        return jnp.maximum(index - self.start[:, None], 0)
+
+    def select(self, rows: Array) -> RollingCache:
+        """The cache of other rows ``[B']``, each a copy of one of these."""
+        axis = 0 if isinstance(self.keys, tuple) else 1
+        keys, values = jax.tree.map(partial(jnp.take, indices=rows, axis=axis), (self.keys, self.values))
+        return replace(self, keys=keys, values=values, real=self.real[rows], start=self.start[rows])
+
+
+def empty_cache(layers: int, stacked: bool, shape: tuple[int, int, int, int], dtype: Any) -> RollingCache:
+    """A `RollingCache` that holds nothing; the shape of a layer is ``[B, K, slots, D]``."""
+
+    def zeros() -> Any:
+        return jnp.zeros((layers, *shape), dtype) if stacked else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+
+    batch, slots = shape[0], shape[2]
+    length, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
+    return RollingCache(zeros(), zeros(), jnp.zeros((batch, slots), bool), length, start, empty=True)
+
+
+def store(ring: Array, new: Array, length: Array) -> Array:
+    """Put new tokens into their slots.
+
+    Args:
+        ring: ``[B, K, slots, D]``.
+        new: ``[B, K, S, D]``; of more than `slots` tokens, the last stay.
+        length: Number of tokens before them.
+    """
+    slots, count = ring.shape[2], new.shape[2]
+    if count == 1:
+        return lax.dynamic_update_slice_in_dim(ring, new, length % slots, axis=2)
+    newest = length + count - 1
+    place = count - 1 - (newest - jnp.arange(slots)) % slots  # which new token ends up in a slot; negative: none
+    kept = jnp.take(new, jnp.maximum(place, 0), axis=2)
+    return jnp.where((place >= 0)[:, None], kept, ring)
+
+
+def in_order(ring: Array, length: Array) -> Array:
+    """The slots ``[B, K, slots, D]``, oldest token first, those never filled before all others."""
+    slots = ring.shape[2]
+    return jnp.take(ring, (length + jnp.arange(slots)) % slots, axis=2)

@@ -1,0 +1,417 @@
+"""The JAX Mistral as Flax NNX modules, top-down, with the names of the Hugging Face checkpoint.
+
+Every weight has the shape and the orientation of the checkpoint: a projection is ``[out, in]``.
+
+Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, G = H / K, D head_dim, E hidden_size,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from ..configuration_mistral import MistralConfig
+from ..rope import rotary_frequencies
+from .attention import attend
+from .cache import RollingCache, empty_cache, in_order, store
+from .outputs import FlaxCausalLMOutput, FlaxModelOutput
+
+_gelu_tanh = partial(jax.nn.gelu, approximate=True)
+_gelu = partial(jax.nn.gelu, approximate=False)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": jax.nn.hard_swish,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class Context(NamedTuple):
+    """What all layers share in one forward pass.
+
+    Attributes:
+        cos, sin: ``[B, 1, S, D]`` in float32, the first half of sin negated.
+        real: ``[B, T]``, which keys are no padding.
+        length: Tokens in the cache, or None without one.
+        empty: Whether there are none, so that the cache is only written.
+        weights_wanted: Whether layers return attention weights.
+    """
+
+    cos: Array
+    sin: Array
+    real: Array
+    length: Array | None
+    empty: bool
+    weights_wanted: bool
+
+
+KeyValues = tuple[Array, Array]
+
+
+class MistralForCausalLMModule(nnx.Module):
+    """A `MistralModule` and an output layer over the vocabulary, which may share the embeddings' weights.
+
+    Args:
+        config: Sizes, window, rotary embedding, activation.
+        dtype: Of weights and activations.
+        scan_layers: Keep every weight of all layers in one array, and compile one layer instead of all.
+        remat: Recompute a layer's activations in the backward pass instead of keeping them.
+        rngs: With a stream ``params``.
+    """
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        dtype: Any = jnp.float32,
+        *,
+        scan_layers: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.model = MistralModule(config, dtype, scan_layers=scan_layers, remat=remat, rngs=rngs)
+        project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
+        self.lm_head = None if config.tie_word_embeddings else project(config.hidden_size, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Array:
+        """The output layer's weight ``[V, E]``."""
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+
+    def __call__(self, input_ids: Array, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> FlaxCausalLMOutput:
+        """Predict the next token at every position, or at the last `logits_to_keep`; else as `MistralModule`."""
+        outputs = self.model(input_ids, *args, **kwargs)
+        return FlaxCausalLMOutput(
+            logits=linear(outputs.last_hidden_state[:, -logits_to_keep:], self.output_weight),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MistralModule(nnx.Module):
+    """The decoder: embeddings, layers and the last norm. Arguments are those of `MistralForCausalLMModule`."""
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        dtype: Any = jnp.float32,
+        *,
+        scan_layers: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.layer_count, self.scan_layers, self.remat = config.num_hidden_layers, scan_layers, remat
+        self.window, (_, self.kv_heads, self.head_dim) = config.sliding_window, head_shape(config)
+        self.embed_tokens = Embedding(
+            config.vocab_size, config.hidden_size, dtype=dtype, std=config.initializer_range, rngs=rngs
+        )
+
+        def make_layer(rngs: nnx.Rngs) -> MistralDecoderLayer:
+            return MistralDecoderLayer(config, dtype, rngs=rngs)
+
+        if scan_layers:
+            self.layers = nnx.split_rngs(splits=self.layer_count)(nnx.vmap(make_layer))(rngs)
+        else:
+            self.layers = nnx.List([make_layer(rngs) for _ in range(self.layer_count)])
+        self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.rotary_emb = MistralRotaryEmbedding(config)
+
+    def __call__(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        past_key_values: RollingCache | None = None,
+        *,
+        dropout_key: Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> FlaxModelOutput:
+        """Compute the hidden states of new tokens.
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are those of the new ones.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
+            past_key_values: The cached tokens.
+            dropout_key: Random key of the attention dropout; without one there is none.
+            output_hidden_states, output_attentions: What else to return; see `FlaxModelOutput`.
+        """
+        batch, count = input_ids.shape
+        mask = jnp.ones((batch, count), bool) if attention_mask is None else attention_mask[:, -count:].astype(bool)
+        past = past_key_values
+        cache = None if past is None else past.mark(mask)
+        if position_ids is None:
+            position_ids = positions_of(mask) if cache is None else cache.positions(count)
+        cos, sin = self.rotary_emb(position_ids)
+        context = Context(
+            cos=cos,
+            sin=sin,
+            real=mask if past is None or cache is None else _real_keys(past, cache, mask),
+            length=None if past is None else past.length,
+            empty=past is None or past.empty,
+            weights_wanted=output_attentions,
+        )
+        states = self.embed_tokens(input_ids)
+        states, stored, collected, weights = self._run_layers(states, context, past, dropout_key, output_hidden_states)
+        last = self.norm(states)
+        if cache is not None:
+            cache = replace(cache, keys=stored[0], values=stored[1])
+        return FlaxModelOutput(
+            last_hidden_state=last,
+            past_key_values=cache,
+            hidden_states=(*collected, last) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+
+    def init_cache(self, batch_size: int, max_length: int) -> RollingCache:
+        """An empty cache for sequences of up to `max_length` tokens; with a window, for any length beyond W."""
+        slots = min(self.window or max_length, max_length)
+        shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
+        return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
+
+    def _run_layers(
+        self, states: Array, context: Context, past: RollingCache | None, dropout_key: Array | None, collect: bool
+    ) -> tuple[Array, Any, Any, Any]:
+        """States after all layers; keys and values by layer; the input of every layer; attention weights by layer."""
+
+        def run(
+            graph: Any, weights: Any, states: Array, stored: KeyValues | None, index: Any
+        ) -> tuple[Array, KeyValues | None, Array | None]:
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            return nnx.merge(graph, weights)(states, context, stored, key)
+
+        def apply(graph: Any) -> Callable[..., tuple[Array, KeyValues | None, Array | None]]:
+            bound = partial(run, graph)
+            return jax.checkpoint(bound) if self.remat else bound
+
+        if self.scan_layers:
+            return self._scan_layers(apply, states, past, collect)
+        keys, values, collected, attentions = [], [], [], []
+        for index, layer in enumerate(self.layers):
+            collected.append(states)
+            stored = None if past is None else (past.keys[index], past.values[index])
+            graph, weights = nnx.split(layer)
+            states, stored, attention = apply(graph)(weights, states, stored, index)
+            attentions.append(attention)
+            if stored is not None:
+                keys.append(stored[0])
+                values.append(stored[1])
+        return states, (tuple(keys), tuple(values)), collected, attentions
+
+    def _scan_layers(self, apply: Any, states: Array, past: RollingCache | None, collect: bool) -> Any:
+        graph, weights = nnx.split(self.layers)
+        stored = None if past is None else (past.keys, past.values)
+
+        def body(states: Array, inputs: Any) -> tuple[Array, Any]:
+            weights, stored, index = inputs
+            after, stored, attention = apply(graph)(weights, states, stored, index)
+            return after, (stored, states if collect else None, attention)
+
+        inputs = (weights, stored, jnp.arange(self.layer_count))
+        states, (stored, collected, attentions) = lax.scan(body, states, inputs)
+        return states, stored, collected if collect else (), attentions
+
+
+def positions_of(mask: Array) -> Array:
+    """Positions ``[B, S]`` that begin at every row's first real token."""
+    count = mask.shape[1]
+    first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), count)
+    return jnp.maximum(jnp.arange(count) - first[:, None], 0)
+
+
+def _real_keys(past: RollingCache, cache: RollingCache, mask: Array) -> Array:
+    """Which of the keys that the new tokens meet are no padding, ``[B, T]``; see `MistralAttention`."""
+    if past.empty:
+        return mask
+    if mask.shape[1] == 1:
+        return cache.real
+    return jnp.concatenate([in_order(past.real[:, None, :, None], past.length)[:, 0, :, 0], mask], axis=1)
+
+
+class MistralDecoderLayer(nnx.Module):
+    """Attention, then the feed-forward layer, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
+        self.self_attn = MistralAttention(config, dtype, rngs=rngs)
+        self.mlp = MistralMLP(config, dtype, rngs=rngs)
+        self.input_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+
+    def __call__(
+        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+    ) -> tuple[Array, KeyValues | None, Array | None]:
+        """Map ``[B, S, E]`` to ``[B, S, E]``; the other arguments and results are those of `MistralAttention`."""
+        attended, stored, weights = self.self_attn(self.input_layernorm(states), context, stored, dropout_key)
+        states = states + attended
+        return states + self.mlp(self.post_attention_layernorm(states)), stored, weights
+
+
+class MistralAttention(nnx.Module):
+    """Grouped-query attention with rotary embeddings, within the sliding window."""
+
+    def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
+        heads, self.kv_heads, self.head_dim = head_shape(config)
+        self.groups = heads // self.kv_heads
+        self.window, self.dropout = config.sliding_window, float(config.attention_dropout)
+        project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
+        self.q_proj = project(config.hidden_size, heads * self.head_dim)
+        self.k_proj = project(config.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = project(config.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = project(heads * self.head_dim, config.hidden_size)
+
+    def __call__(
+        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+    ) -> tuple[Array, KeyValues | None, Array | None]:
+        """Attend.
+
+        One new token is stored and then reads the slots as they lie. Several read the old slots in the order of their
+        tokens, then each other, and are stored afterwards.
+
+        Args:
+            states: ``[B, S, E]``.
+            context: What all layers share.
+            stored: Keys and values ``[B, K, slots, D]`` of the cache.
+            dropout_key: Random key of the attention dropout.
+
+        Returns:
+            ``[B, S, E]``, the cache's keys and values with the new ones, and the weights ``[B, H, S, T]`` if wanted.
+        """
+        batch, count, _ = states.shape
+        q, k, v = (
+            project(states).reshape(batch, count, -1, self.head_dim).swapaxes(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = (rotate(x, context.cos, context.sin) for x in (q, k))
+        q = q.reshape(batch, self.kv_heads, self.groups, count, self.head_dim)
+        if stored is not None:
+            updated = (store(stored[0], k, context.length), store(stored[1], v, context.length))
+            if not context.empty and count == 1:
+                k, v = updated
+            elif not context.empty:
+                old = (in_order(ring, context.length) for ring in stored)
+                k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
+            stored = updated
+        mixed, weights = attend(
+            q,
+            k,
+            v,
+            context.real,
+            self.window,
+            weights_wanted=context.weights_wanted,
+            dropout=self.dropout,
+            dropout_key=dropout_key,
+        )
+        mixed = jnp.moveaxis(mixed, 3, 1).reshape(batch, count, -1)  # [B, S, H * D]
+        if weights is not None:
+            weights = weights.reshape(batch, -1, *weights.shape[3:])
+        return self.o_proj(mixed), stored, weights
+
+
+def head_shape(config: MistralConfig) -> tuple[int, int, int]:
+    """H, K and D; a validated configuration has all three."""
+    return config.num_attention_heads, int(config.num_key_value_heads or 0), int(config.head_dim or 0)
+
+
+class MistralMLP(nnx.Module):
+    """The gated feed-forward layer: ``down(act(gate(x)) * up(x))``."""
+
+    def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
+        if config.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"hidden_act={config.hidden_act!r} is not among the JAX port's: {', '.join(ACTIVATIONS)}. Use the"
+                " PyTorch model for this checkpoint."
+            )
+        self.hidden_act = config.hidden_act
+        project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
+        self.gate_proj = project(config.hidden_size, config.intermediate_size)
+        self.up_proj = project(config.hidden_size, config.intermediate_size)
+        self.down_proj = project(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, states: Array) -> Array:
+        """Map ``[B, S, E]`` to ``[B, S, E]``."""
+        return self.down_proj(ACTIVATIONS[self.hidden_act](self.gate_proj(states)) * self.up_proj(states))
+
+
+class MistralRMSNorm(nnx.Module):
+    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, dtype: Any = jnp.float32) -> None:
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones(hidden_size, dtype))
+
+    def __call__(self, states: Array) -> Array:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        wide = states.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * self.weight[...].astype(jnp.float32)).astype(states.dtype)
+
+
+class MistralRotaryEmbedding(nnx.Module):
+    """Rotary position embeddings (Su et al., 2021) of the types that `ports.rotary_frequencies` has."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        frequencies, self.scaling = rotary_frequencies(config)
+        self.frequencies = tuple(frequencies.tolist())
+
+    def __call__(self, position_ids: Array) -> tuple[Array, Array]:
+        """cos and sin ``[B or 1, 1, S, D]`` of positions ``[B or 1, S]``, the first half of sin negated."""
+        angles = position_ids[:, None, :, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
+        cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
+        return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+
+
+def rotate(states: Array, cos: Array, sin: Array) -> Array:
+    """Rotate ``[B, heads, S, D]`` in float32, the two halves of a head being the parts of D/2 complex numbers."""
+    wide = states.astype(jnp.float32)
+    return (wide * cos + jnp.roll(wide, wide.shape[-1] // 2, axis=-1) * sin).astype(states.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table ``[V, E]`` of normally distributed vectors."""
+
+    def __init__(self, count: int, size: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (count, size), dtype) * jnp.asarray(std, dtype))
+
+    def __call__(self, ids: Array) -> Array:
+        """``[...]`` ids to ``[..., E]``."""
+        return jnp.take(self.weight[...], ids, axis=0)
+
+
+class Linear(nnx.Module):
+    """A linear map without bias, its weight ``[out, in]`` as PyTorch and the checkpoint have it."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
+        self.weight = nnx.Param(jax.random.normal(rngs.params(), (outputs, inputs), dtype) * jnp.asarray(std, dtype))
+
+    def __call__(self, states: Array) -> Array:
+        """Map ``[..., in]`` to ``[..., out]``."""
+        return linear(states, self.weight[...])
+
+
+def linear(states: Array, weight: Array) -> Array:
+    """``states @ weight.T``, accumulated in float32 and returned in the dtype of `states`."""
+    contract = (((states.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(states, weight, contract, preferred_element_type=jnp.float32).astype(states.dtype)

@@ -1,0 +1,48 @@
+"""A language-model loss that never holds all the logits, in JAX.
+
+Legend: B batch, S tokens, E hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .layers import linear
+
+IGNORE_INDEX = -100
+CHUNK = 1024  # tokens whose logits exist at once
+
+
+def causal_lm_loss(states: Array, output_weight: Array, labels: Array, chunk: int = CHUNK) -> Array:
+    """Mean cross-entropy of the next tokens.
+
+    Logits are made for `chunk` tokens at a time, and once more in the backward pass.
+
+    Args:
+        states: ``[B, S, E]``, the decoder's output.
+        output_weight: ``[V, E]``.
+        labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
+        chunk: Number of tokens.
+
+    Returns:
+        A float32 scalar; 0 if all labels are ignored.
+    """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX).reshape(-1)
+    states = states.reshape(-1, states.shape[-1])
+    chunk = min(chunk, len(targets))
+    padding = -len(targets) % chunk
+    states = jnp.pad(states, ((0, padding), (0, 0))).reshape(-1, chunk, states.shape[-1])
+    targets = jnp.pad(targets, (0, padding), constant_values=IGNORE_INDEX).reshape(-1, chunk)
+
+    @jax.checkpoint
+    def loss_of(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
+        states, targets = inputs
+        logits = linear(states.astype(jnp.float32), output_weight.astype(jnp.float32))
+        likelihoods = jax.nn.log_softmax(logits)
+        chosen = jnp.take_along_axis(likelihoods, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
+        return total - jnp.where(targets == IGNORE_INDEX, 0, chosen).sum(), None
+
+    total, _ = lax.scan(loss_of, jnp.zeros((), jnp.float32), (states, targets))
+    return total / jnp.maximum((targets != IGNORE_INDEX).sum(), 1)

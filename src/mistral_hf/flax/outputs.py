@@ -1,0 +1,71 @@
+"""What the JAX models return: pytrees whose fields are read by name, by key or by place.
+
+Legend: B batch, S new tokens, T keys, H query heads, E hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+from jax import Array
+
+from .cache import RollingCache
+
+
+@dataclass(frozen=True)
+class _Output:
+    def __getitem__(self, key: str | int) -> Any:
+        """A field by its name, or by its place among those that are not None."""
+        if isinstance(key, str):
+            return getattr(self, key)
+        values = (getattr(self, field.name) for field in fields(self))
+        return [value for value in values if value is not None][key]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlaxModelOutput(_Output):
+    """What `FlaxMistralModel` returns; a pytree.
+
+    Attributes:
+        last_hidden_state: ``[B, S, E]``, after the last norm.
+        past_key_values: The cache with the new tokens, if one was given.
+        hidden_states: Embeddings, the output of every layer but the last, and `last_hidden_state`, if asked for.
+        attentions: ``[B, H, S, T]`` of every layer, if asked for.
+    """
+
+    last_hidden_state: Array
+    past_key_values: RollingCache | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlaxCausalLMOutput(_Output):
+    """What `FlaxMistralForCausalLM` returns; a pytree.
+
+    Attributes:
+        logits: ``[B, S, V]``, of the next token at every position.
+        past_key_values, hidden_states, attentions: See `FlaxModelOutput`.
+    """
+
+    logits: Array
+    past_key_values: RollingCache | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlaxGenerateOutput(_Output):
+    """What `generate` returns; a pytree.
+
+    Attributes:
+        sequences: ``[B, prompt + new tokens]``, int32 of NumPy, as tokenizers decode it; rows that ended early are
+            padded on the right.
+    """
+
+    sequences: Any

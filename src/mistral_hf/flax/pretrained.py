@@ -1,0 +1,294 @@
+"""What the JAX models share: weights, loading and saving, devices, and the compiled forward pass.
+
+Legend: B batch, S new tokens.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from transformers import GenerationConfig
+from transformers.utils.hub import PushToHubMixin
+
+from ..checkpoints.pretrained import locate, open_weights, save_folder
+from ..checkpoints.reader import Shape, TensorInfo
+from ..checkpoints.writer import LazyTensor
+from ..configuration_mistral import MistralConfig
+from .cache import RollingCache
+from .compiled import forward_programs
+from .params import Params, Stacker, checked, flatten, from_state, nest, tensors_of, to_module
+from .sharding import check_mesh, place_rows, weight_sharding
+
+DTYPES = ("float32", "bfloat16", "float16")
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
+
+
+class FlaxMistralPreTrainedModel(PushToHubMixin):
+    """What both models share: weights, loading and saving, placement on devices, and the compiled forward pass.
+
+    Args:
+        config: The model's configuration.
+        seed: Of the random weights.
+        dtype: Of weights and activations: float32, bfloat16 or float16.
+        scan_layers: Keep every weight of all layers in one array and compile one layer instead of all: compiling is
+            several times faster, decoding somewhat slower. Names in `params` lack the layer's number then.
+        gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        mesh: Devices to spread the weights over, with the axes ``data`` and ``model``.
+
+    Attributes:
+        config: The configuration.
+        generation_config: Defaults of `generate`.
+        dtype: As given.
+        mesh: As given.
+
+    Raises:
+        ValueError: The configuration asks for what this port does not have, or the dtype is no float dtype.
+    """
+
+    module_class: ClassVar[type[nnx.Module]]
+    architecture: ClassVar[str]
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        *,
+        scan_layers: bool = False,
+        gradient_checkpointing: bool = False,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self._set_up(config, dtype, scan_layers, gradient_checkpointing, mesh)
+        self.params = from_state(nnx.state(self._build(seed)))
+
+    def _set_up(self, config: MistralConfig, dtype: Any, scan: bool, remat: bool, mesh: Mesh | None) -> None:
+        """All but the weights."""
+        config.validate_architecture()
+        self.dtype = jnp.dtype(dtype)
+        if self.dtype.name not in DTYPES:
+            raise ValueError(f"dtype={self.dtype.name} must be one of {', '.join(DTYPES)}.")
+        if mesh is not None:
+            check_mesh(mesh)
+        self.config, self.mesh = config, mesh
+        self.generation_config: GenerationConfig = GenerationConfig.from_model_config(config)
+        self._scan, self._remat = scan, remat
+        self._graph, state = nnx.split(nnx.eval_shape(partial(self._build, 0)))
+        self._abstract = from_state(state)
+        self._tensors = tensors_of(self._abstract, config.num_hidden_layers, scan)
+
+    def _build(self, seed: int) -> nnx.Module:
+        options = {"scan_layers": self._scan, "remat": self._remat}
+        return self.module_class(self.config, self.dtype, **options, rngs=nnx.Rngs(seed))
+
+    def _places(self) -> dict[str, Any]:
+        """A sharding for every weight, or None without a mesh."""
+        mesh = self.mesh
+        return {
+            name: None if mesh is None else weight_sharding(name, leaf.shape, mesh)
+            for name, leaf in flatten(self._abstract).items()
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        dtype: Any = None,
+        *,
+        scan_layers: bool = False,
+        gradient_checkpointing: bool = False,
+        mesh: Mesh | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load a checkpoint, one tensor after the other: memory peaks at little more than the weights' size.
+
+        Args:
+            name_or_path: A folder, or an id on the hub.
+            dtype: Of weights and activations (default: that of the checkpoint).
+            scan_layers, gradient_checkpointing, mesh: As of the class; each weight goes straight to its devices.
+            **options: Of the hub (``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``),
+                and fields of the configuration to change.
+
+        Returns:
+            The model; weights of a head that the checkpoint lacks are random, and a warning names them.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint.
+            ValueError: An option is unknown, or the weights and the configuration do not belong together.
+        """
+        hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
+        folder = locate(name_or_path, **hub)
+        config, unknown = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+        if unknown:
+            raise ValueError(
+                f"from_pretrained has no option {sorted(unknown)[0]!r}, nor has MistralConfig such a field."
+            )
+        if dtype is None:
+            dtype = str(config.dtype or "float32").removeprefix("torch.")
+        model = cls.__new__(cls)
+        model._set_up(config, dtype, scan_layers, gradient_checkpointing, mesh)
+        model._load(folder)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def _load(self, folder: Path) -> None:
+        stacker = Stacker(self.config.num_hidden_layers, self.dtype, self._places())
+        with open_weights(folder, {stored: shape for stored, (_, _, shape) in self._tensors.items()}) as weights:
+            for stored, array in weights.stream():
+                stacker.put(*self._tensors[stored][:2], array)
+                del array
+            for stored in weights.missing:
+                stacker.put(*self._tensors[stored][:2], self._fresh(self._tensors[stored][2]))
+        self.params = nest(stacker.arrays)
+
+    def _fresh(self, shape: Shape) -> Any:
+        return jax.random.normal(jax.random.key(0), shape, self.dtype) * self.config.initializer_range
+
+    def save_pretrained(
+        self, folder: str | Path, params: Params | None = None, max_shard_size: int | str = "50GB"
+    ) -> None:
+        """Write a checkpoint that PyTorch, TensorFlow and this class load; one that is there already is replaced.
+
+        Args:
+            folder: The target.
+            params: Weights to write (default: the model's).
+            max_shard_size: In bytes or such as ``"5GB"``.
+        """
+        flat = flatten(self.params if params is None else params)
+
+        def read(name: str, layer: int | None) -> Any:
+            return np.asarray(flat[name] if layer is None else flat[name][layer])
+
+        tensors = [
+            LazyTensor(stored, TensorInfo(flat[name].dtype.name, shape), partial(read, name, layer))
+            for stored, (name, layer, shape) in sorted(self._tensors.items())
+        ]
+        save_folder(
+            folder,
+            self.config,
+            self.generation_config,
+            tensors,
+            architecture=self.architecture,
+            dtype=next(iter(flat.values())).dtype.name,
+            max_shard_size=max_shard_size,
+        )
+
+    @property
+    def module(self) -> Any:
+        """The model as a Flax NNX module that shares these weights; what is done to it does not change the model.
+
+        Take trained weights over with ``model.params = nnx.to_pure_dict(nnx.state(module))``.
+        """
+        return to_module(self._graph, self.params)
+
+    @property
+    def params(self) -> Params:
+        """The weights: a plain nested dict by Hugging Face names. What is set goes to its devices."""
+        return self._params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        places, flat = self._places(), checked(params, self._abstract)
+        self._params = nest({name: jax.device_put(weight, places[name]) for name, weight in flat.items()})
+
+    def init_cache(self, batch_size: int, max_length: int) -> RollingCache:
+        """A cache for sequences of up to `max_length` tokens, padding included; with a window, for any length beyond W.
+
+        Pass it as `past_key_values`, and what a call returns to the next call.
+        """
+        module = self.module
+        return getattr(module, "model", module).init_cache(batch_size, max_length)
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        *,
+        params: Params | None = None,
+        past_key_values: RollingCache | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        train: bool = False,
+        dropout_rng: Array | None = None,
+        **options: Any,
+    ) -> Any:
+        """Run the model; differentiable, and compiled once for every shape of the inputs.
+
+        Args:
+            input_ids: ``[B, S]`` token ids, as NumPy or JAX array.
+            attention_mask: ``[B, S]``, nonzero for real tokens. With a cache it may have columns of the cached tokens
+                before them, which change nothing: the cache knows which of its tokens are real.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
+            params: Weights in place of the model's.
+            past_key_values: The cached tokens; see `init_cache`.
+            output_hidden_states, output_attentions: Return these too (default: as the configuration says).
+            train: Apply dropout.
+            dropout_rng: Random key of the dropout.
+            **options: ``logits_to_keep`` of `FlaxMistralForCausalLM`: make logits of that many last positions only.
+
+        Returns:
+            A `FlaxModelOutput` or `FlaxCausalLMOutput`.
+
+        Raises:
+            ValueError: Shapes do not fit, an id lies outside the vocabulary, a cache is full, or dropout lacks its key.
+        """
+        _check_inputs(input_ids, attention_mask, past_key_values, self.config)
+        if train and self.config.attention_dropout and dropout_rng is None:
+            raise ValueError(
+                f"attention_dropout={self.config.attention_dropout} needs dropout_rng=jax.random.key(...)."
+            )
+        inputs = [None if x is None else place_rows(x, self.mesh) for x in (input_ids, attention_mask, position_ids)]
+        return forward_programs(self._graph).call(
+            self.params if params is None else params,
+            *inputs,
+            past_key_values,
+            dropout_key=dropout_rng if train else None,
+            output_hidden_states=_given(output_hidden_states, self.config.output_hidden_states),
+            output_attentions=_given(output_attentions, self.config.output_attentions),
+            **options,
+        )
+
+
+def _given(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _check_inputs(input_ids: Any, attention_mask: Any, cache: RollingCache | None, config: MistralConfig) -> None:
+    """Check shapes, and values where they are known, before a program is compiled for them."""
+    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
+        raise ValueError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {input_ids.shape}.")
+    batch, count = input_ids.shape
+    _check_range("input_ids", input_ids, config.vocab_size)
+    if attention_mask is not None:
+        rows, columns = attention_mask.shape
+        if rows != batch or columns < count or (cache is None and columns != count):
+            raise ValueError(
+                f"attention_mask has shape {attention_mask.shape}, but there are {batch} rows of {count} tokens."
+            )
+    if cache is None:
+        return
+    if cache.real.shape[0] != batch:
+        raise ValueError(f"The cache has {cache.real.shape[0]} rows, but input_ids {batch}.")
+    if cache.slots != config.sliding_window and not isinstance(cache.length, jax.core.Tracer):
+        total = int(cache.length) + count
+        if total > cache.slots:
+            raise ValueError(
+                f"{total} tokens do not fit into a cache of {cache.slots}: give init_cache a larger max_length."
+            )
+
+
+def _check_range(name: str, ids: Any, count: int, exempt: Any = False) -> None:
+    """Check NumPy ids; reading JAX arrays would wait for the device."""
+    if not isinstance(ids, np.ndarray):
+        return
+    if (wrong := ((ids < 0) | (ids >= count)) & ~np.asarray(exempt)).any():
+        raise ValueError(f"{name} holds {ids[wrong][0]}, but ids must lie in [0, {count}).")

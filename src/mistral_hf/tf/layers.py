@@ -1,0 +1,237 @@
+"""The layers of the TensorFlow port, under the names that Hugging Face gives their weights.
+
+Weights keep the orientation of the checkpoint, ``[outputs, inputs]``: nothing is transposed on loading, and a product
+with a single token, which decoding consists of, reads them row by row.
+
+Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias, cast
+
+import keras
+import tensorflow as tf
+
+from ..configuration_mistral import MistralConfig
+from ..rope import rotary_frequencies
+from .attention import AttentionPlan
+from .shapes import size
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"The TensorFlow port needs Keras to run on TensorFlow, but its backend is {keras.backend.backend()!r}. Set the"
+        " environment variable KERAS_BACKEND=tensorflow before anything imports keras (or the backend in"
+        " ~/.keras/keras.json)."
+    )
+
+
+Tensor: TypeAlias = Any
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+_gelu_tanh = partial(tf.nn.gelu, approximate=True)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": partial(tf.nn.gelu, approximate=False),
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": partial(tf.nn.gelu, approximate=False),
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "leaky_relu": partial(tf.nn.leaky_relu, alpha=0.01),
+    "linear": tf.identity,
+    "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
+    "quick_gelu": lambda x: x * tf.sigmoid(1.702 * x),
+    "relu": tf.nn.relu,
+    "relu2": lambda x: tf.square(tf.nn.relu(x)),
+    "relu6": tf.nn.relu6,
+    "sigmoid": tf.sigmoid,
+    "silu": tf.nn.silu,
+    "swish": tf.nn.silu,
+    "tanh": tf.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """The activation with this name in Transformers.
+
+    Raises:
+        ValueError: The port does not have it.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"hidden_act={name!r} is not among the activations of the TensorFlow port: {', '.join(_ACTIVATIONS)}."
+            " Use the PyTorch model for this checkpoint."
+        )
+    return _ACTIVATIONS[name]
+
+
+class _Layer(keras.layers.Layer):
+    """A layer with one weight, made at once and never cast by Keras."""
+
+    def __init__(self, shape: tuple[int, ...], initializer: Any, dtype: Any, name: str) -> None:
+        super().__init__(dtype=dtype, name=name, autocast=False)
+        self.weight = self.add_weight(shape=shape, initializer=initializer, name="weight", autocast=False)
+        self.built = True
+
+
+class Linear(_Layer):
+    """A projection without bias, its weight ``[outputs, inputs]``."""
+
+    def __init__(self, inputs: int, outputs: int, initializer: Any, dtype: Any, name: str) -> None:
+        super().__init__((outputs, inputs), initializer, dtype, name)
+
+    def call(self, x: Tensor) -> Tensor:
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
+        return project(x, self.weight)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` for ``[..., inputs]`` and ``[outputs, inputs]``, in the dtype of `x`."""
+    kernel = tf.cast(tf.convert_to_tensor(weight), x.dtype)
+    rows = tf.matmul(tf.reshape(x, [-1, kernel.shape[1]]), kernel, transpose_b=True)
+    return tf.reshape(rows, [*(size(x, axis) for axis in range(x.shape.rank - 1)), kernel.shape[0]])
+
+
+class Embedding(_Layer):
+    """Token embeddings, the weight ``[V, E]``."""
+
+    def call(self, input_ids: Tensor) -> Tensor:
+        """Map ids ``[B, S]`` to ``[B, S, E]`` in the compute dtype."""
+        return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), input_ids), self.compute_dtype)
+
+
+class RMSNorm(_Layer):
+    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in at least float32."""
+
+    def __init__(self, hidden_size: int, eps: float, dtype: Any, name: str) -> None:
+        super().__init__((hidden_size,), "ones", dtype, name)
+        self.eps = eps
+
+    def call(self, x: Tensor) -> Tensor:
+        """Map ``[..., E]`` to ``[..., E]``."""
+        wide = tf.cast(x, tf.float32)
+        scale = tf.math.rsqrt(tf.reduce_mean(tf.square(wide), axis=-1, keepdims=True) + self.eps)
+        return tf.cast(wide * scale * tf.cast(tf.convert_to_tensor(self.weight), tf.float32), x.dtype)
+
+
+class RotaryEmbedding:
+    """Rotary position embeddings (Su et al., 2021), of the types that `ports.rotary_frequencies` has."""
+
+    def __init__(self, config: MistralConfig) -> None:
+        self.frequencies, self.scaling = rotary_frequencies(config)
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin ``[B or 1, 1, S, D/2]`` in float32 for positions ``[B or 1, S]``."""
+        angles = tf.cast(positions, tf.float32)[:, None, :, None] * tf.constant(self.frequencies)
+        return tf.cos(angles) * self.scaling, tf.sin(angles) * self.scaling
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``[B, heads, S, D]`` states, the two halves of a head being the parts of D/2 complex numbers."""
+    x, y = tf.split(tf.cast(states, tf.float32), 2, axis=-1)
+    return tf.cast(tf.concat([x * cos - y * sin, y * cos + x * sin], axis=-1), states.dtype)
+
+
+class Attention(keras.layers.Layer):
+    """Grouped-query attention with rotary embeddings, within the sliding window."""
+
+    def __init__(self, config: MistralConfig, index: int, initializer: Any, dtype: Any) -> None:
+        super().__init__(dtype=dtype, name="self_attn", autocast=False)
+        heads, kv_heads = config.num_attention_heads, cast(int, config.num_key_value_heads)
+        self.index, self.head_dim, self.rate = index, cast(int, config.head_dim), config.attention_dropout
+        width = config.hidden_size
+        self.q_proj = Linear(width, heads * self.head_dim, initializer, dtype, "q_proj")
+        self.k_proj = Linear(width, kv_heads * self.head_dim, initializer, dtype, "k_proj")
+        self.v_proj = Linear(width, kv_heads * self.head_dim, initializer, dtype, "v_proj")
+        self.o_proj = Linear(heads * self.head_dim, width, initializer, dtype, "o_proj")
+        self.seeds = keras.random.SeedGenerator() if self.rate else None
+        self.built = True
+
+    def call(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttentionPlan,
+        weights_wanted: bool = False,
+        training: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Attend.
+
+        Args:
+            hidden_states: ``[B, S, E]``.
+            cos: Of `RotaryEmbedding`.
+            sin: Of `RotaryEmbedding`.
+            plan: Of this forward pass.
+            weights_wanted: Whether to return the attention weights.
+            training: Whether to drop attention weights.
+
+        Returns:
+            ``[B, S, E]``; the weights ``[B, H, S, T]`` or None; the layer's buffers after this step or None.
+        """
+        q = apply_rotary(self._heads(self.q_proj(hidden_states)), cos, sin)  # [B, H, S, D]
+        k = apply_rotary(self._heads(self.k_proj(hidden_states)), cos, sin)  # [B, K, S, D]
+        k, v, stored = plan.store(self.index, k, self._heads(self.v_proj(hidden_states)))
+        mixed, weights = plan.attend(q, k, v, self._dropout(training), weights_wanted)
+        merged = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [size(q, 0), size(q, 2), q.shape[1] * self.head_dim])
+        return self.o_proj(merged), weights if weights_wanted else None, stored
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """``[B, S, heads * D]`` as ``[B, heads, S, D]``."""
+        shape = [size(states, 0), size(states, 1), states.shape[2] // self.head_dim, self.head_dim]
+        return tf.transpose(tf.reshape(states, shape), [0, 2, 1, 3])
+
+    def _dropout(self, training: bool) -> Callable[[Tensor, Any], Tensor]:
+        if not training or self.seeds is None:
+            return lambda weights, number: weights
+        seed = tf.cast(self.seeds.next(), tf.int32)
+        return lambda weights, number: tf.nn.experimental.stateless_dropout(weights, self.rate, seed + number)
+
+
+class MLP(keras.layers.Layer):
+    """The gated feed-forward layer: ``down(act(gate(x)) * up(x))``."""
+
+    def __init__(self, config: MistralConfig, initializer: Any, dtype: Any) -> None:
+        super().__init__(dtype=dtype, name="mlp", autocast=False)
+        self.act_fn = activation(config.hidden_act)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, initializer, dtype, "gate_proj")
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, initializer, dtype, "up_proj")
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, initializer, dtype, "down_proj")
+        self.built = True
+
+    def call(self, x: Tensor) -> Tensor:
+        """Map ``[B, S, E]`` to ``[B, S, E]``."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(keras.layers.Layer):
+    """Attention, then the feed-forward layer, each normalised before and added to the residual stream."""
+
+    def __init__(self, config: MistralConfig, index: int, initializer: Any, dtype: Any) -> None:
+        super().__init__(dtype=dtype, name=f"layer_{index}", autocast=False)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, index, initializer, dtype)
+        self.mlp = MLP(config, initializer, dtype)
+        self.input_layernorm = RMSNorm(width, eps, dtype, "input_layernorm")
+        self.post_attention_layernorm = RMSNorm(width, eps, dtype, "post_attention_layernorm")
+        self.built = True
+
+    def call(
+        self,
+        hidden_states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttentionPlan,
+        weights_wanted: bool = False,
+        training: bool = False,
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """Arguments and results are those of `Attention`."""
+        normed = self.input_layernorm(hidden_states)
+        mixed, weights, stored = self.self_attn(
+            normed, cos, sin, plan=plan, weights_wanted=weights_wanted, training=training
+        )
+        hidden_states = hidden_states + mixed
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights, stored

@@ -1,0 +1,1 @@
+"""The PyTorch building blocks of the model; this package imports no other."""

@@ -1,0 +1,267 @@
+"""Converted tokenizers against mistral-common: ids on a fuzzed corpus, decoding, special tokens, damage."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+from transformers import AutoTokenizer
+
+from mistral_hf.checkpoints.writer import file_sha256
+from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
+from mistral_hf.convert.sentencepiece import read_sentencepiece
+from mistral_hf.convert.tokenizer import convert_tokenizer, find_raw_tokenizer, raw_encoder
+from mistral_hf.convert.verify import SAMPLE_TEXT, verify
+from tests.helpers.raw_reference import COMMON, raw_tensors, write_raw
+from tests.helpers.tokenizer_files import DATA, REAL, converted, raw_file, reference
+
+SCRIPTS = [
+    *[(0x20, 0x7E)] * 6,
+    *[(0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F)],
+    *[(0xE00, 0xE7F), (0x10A0, 0x10FF), (0x1200, 0x137F), (0x2000, 0x206F), (0x2200, 0x22FF), (0x3040, 0x30FF)],
+    *[(0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFE00, 0xFE0F), (0x1F300, 0x1FAFF), (0x10000, 0x10FFF), (0xE000, 0xE0FF)],
+    (0x00, 0x1F),
+]
+LOOK_ALIKES = ["[INST]", "[/INST]", "</s>", "<s>", "<unk>", "<pad>", "[REF]", "[/REF]", "[REFERENCE_DOC_3]", "<0x0A>"]
+LOOK_ALIKES += [
+    "▁",
+    "[TOOL_CALLS]",
+    "[control_12]",
+    "[control_768]",
+    "<SPECIAL_30>",
+    "[SYSTEM_PROMPT]",
+    "[IMG]",
+    "[INS",
+]
+WORDS = ["the", "Hello", "world", "function", "return", "def", "1234", "3.14", "http://x.y/z", "don't", "naïve", "über"]
+WORDS += ["東京", "привет", "סלום", "", "  "]
+NOT_TEKKEN = [version for version in REAL if version != "v3-tekken"]
+
+
+def corpus(count: int) -> list[str]:
+    """Random mixtures of scripts, emoji, control characters, runs, look-alikes of control tokens, and words."""
+    rng = random.Random(0)
+
+    def piece() -> str:
+        kind = rng.random()
+        if kind < 0.3:
+            first, last = rng.choice(SCRIPTS)
+            return "".join(chr(rng.randint(first, last)) for _ in range(rng.randint(1, 8)))
+        if kind < 0.45:
+            return rng.choice(" \n\t\r=-.#*aA0/") * rng.randint(1, 20)
+        if kind < 0.6:
+            return rng.choice(LOOK_ALIKES)
+        if kind < 0.7:
+            return "".join(rng.choice(" \n") for _ in range(rng.randint(1, 10)))
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, 6)))
+
+    return ["".join(piece() for _ in range(rng.randint(0, 12))) for _ in range(count)]
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return [*corpus(10_000), "", " ", SAMPLE_TEXT, *LOOK_ALIKES]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+every_real_one = pytest.mark.parametrize("version", REAL)
+
+
+@every_real_one
+def test_ids_and_text_on_a_fuzzed_corpus(version, folder, texts):
+    """Over 10,000 strings: mistral-common's ids, and the text again from the ids."""
+    tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
+    ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for text, got in zip(texts, ids, strict=True):
+        assert got == expected.encode(text, bos=False, eos=False), repr(text)
+    for text, decoded in zip(texts, tokenizer.batch_decode(ids), strict=True):
+        # SentencePiece itself writes a space as ▁, so the two cannot be told apart afterwards.
+        assert decoded == (text.replace("▁", " ") if version in NOT_TEKKEN else text)
+
+
+@every_real_one
+def test_special_tokens(version, folder):
+    tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    assert ids == (expected.bos_id, expected.eos_id, expected.unk_id) == (1, 2, 0)
+    assert tokenizer.pad_token_id is not None
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert tokenizer.pad_token == ("<pad>" if version == "v3-tekken" else "<unk>")
+    assert tokenizer.padding_side == "left"
+    assert len(tokenizer) == expected.n_words
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    assert special == {i for i in range(1000) if expected.is_special(i)} | {0}
+    for token_id in sorted(special)[:40]:
+        token = tokenizer.convert_ids_to_tokens(token_id)
+        assert token == expected.id_to_piece(token_id)
+        assert tokenizer.encode(token, add_special_tokens=False) == [token_id]
+
+
+@every_real_one
+def test_a_text_begins_once_and_pads_on_the_left(version, folder):
+    tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
+    batch = tokenizer(["Hello", "Hello, this is longer"], padding=True)
+    assert batch["input_ids"][1] == expected.encode("Hello, this is longer", bos=True, eos=False)
+    assert batch["input_ids"][0][0] == tokenizer.pad_token_id
+    assert batch["attention_mask"][0][0] == 0
+    assert batch["input_ids"][0][-len(expected.encode("Hello", bos=True, eos=False)) :][0] == tokenizer.bos_token_id
+
+
+@every_real_one
+def test_decoding_leaves_control_tokens_out_as_mistral_common_does(version, folder):
+    tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
+    ids = [1, *expected.encode("Hello  there\n", bos=False, eos=True)]
+    decoded = expected.decode(ids, special_token_policy=SpecialTokenPolicy.IGNORE)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == decoded
+
+
+@every_real_one
+def test_saving_and_loading_changes_nothing(version, folder, tmp_path, texts):
+    tokenizer = converted(version, folder)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again(texts[:200])["input_ids"] == tokenizer(texts[:200])["input_ids"]
+    assert again.chat_template == tokenizer.chat_template
+    assert (again.padding_side, again.pad_token_id) == ("left", tokenizer.pad_token_id)
+
+
+def test_the_mistral_libraries_are_not_needed_to_load(folder):
+    """Loaded and used where sentencepiece, mistral-common, tiktoken and protobuf cannot be imported."""
+    code = """
+        import sys
+        for name in ("sentencepiece", "mistral_common", "tiktoken", "google.protobuf"):
+            sys.modules[name] = None
+        from transformers import AutoTokenizer
+        for folder in sys.argv[1:]:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            print(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=False))
+    """
+    tokenizers = [converted(version, folder) for version in ("v3", "v13")]
+    line = [sys.executable, "-c", textwrap.dedent(code), *(tokenizer.name_or_path for tokenizer in tokenizers)]
+    result = subprocess.run(line, capture_output=True, text=True, check=True)
+    messages = [{"role": "user", "content": "Hi"}]
+    expected = [tokenizer.apply_chat_template(messages, return_dict=False) for tokenizer in tokenizers]
+    assert [json.loads(printed) for printed in result.stdout.splitlines()] == expected
+
+
+# Versions
+
+
+@pytest.mark.parametrize("version", NOT_TEKKEN)
+def test_a_bare_name_is_told_apart_by_content(version, tmp_path):
+    source = shutil.copyfile(REAL[version], tmp_path / "tokenizer.model")
+    assert convert_tokenizer(source, tmp_path).version == version
+
+
+def test_names_say_the_version(tmp_path):
+    info = convert_tokenizer(DATA / "mistral_instruct_tokenizer_241114.model.v7m1", tmp_path)
+    assert (info.version, info.vocab_size, info.pad_token_id) == ("v7", 32768, 0)
+    assert convert_tokenizer(REAL["v3"], tmp_path, version="v7").version == "v7"
+
+
+def test_tekken_files_say_their_version(folder, tmp_path):
+    assert convert_tokenizer(raw_file("v13", folder), tmp_path).version == "v13"
+    with pytest.raises(ValueError, match="no chat template for version 'v5'"):
+        convert_tokenizer(REAL["v3"], tmp_path, version="v5")
+
+
+# Damage
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, 400_000])
+def test_truncated_sentencepiece_files(keep, tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(REAL["v1"].read_bytes()[:keep])
+    with pytest.raises(ValueError, match="no SentencePiece model, or is truncated"):
+        read_sentencepiece(path)
+
+
+def test_sentencepiece_models_of_other_kinds(tmp_path):
+    """Without its trainer's settings (field 2 of the file) a model counts as a unigram one."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"\x0a\x05\x0a\x03abc" + b"\x12\x00" + b"\x1a\x00")
+    with pytest.raises(ValueError, match="not BPE with byte fallback"):
+        read_sentencepiece(path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": {"pattern": "x"}, "vocab": []}'])
+def test_damaged_tekken_files(content, tmp_path):
+    path = tmp_path / "tekken.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match="no tekken tokenizer"):
+        convert_tokenizer(path, tmp_path)
+
+
+def test_tekken_files_that_do_not_add_up(folder, tmp_path):
+    content = json.loads(raw_file("v11", folder).read_text())
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps({**content, "special_tokens": None}))
+    with pytest.raises(ValueError, match="lists no special tokens"):
+        convert_tokenizer(path, tmp_path)
+    content["vocab"][300]["token_bytes"] = base64.b64encode(b"a").decode()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="duplicates"):
+        convert_tokenizer(path, tmp_path)
+
+
+@pytest.mark.parametrize("version", ["v3", "v13"])
+def test_raw_files_are_read_with_or_without_mistral_common(version, folder, monkeypatch):
+    source = raw_file(version, folder)
+    expected = raw_encoder(source)(SAMPLE_TEXT)
+    monkeypatch.setitem(sys.modules, "mistral_common.tokens.tokenizers.tekken", None)
+    assert raw_encoder(source)(SAMPLE_TEXT) == expected
+
+
+# In a folder
+
+
+def test_finding_the_tokenizer(tmp_path):
+    assert find_raw_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"a")
+    (tmp_path / "tokenizer.model.v3").write_bytes(b"a")
+    assert find_raw_tokenizer(tmp_path) == tmp_path / "tokenizer.model.v3"
+    (tmp_path / "tokenizer.model.v2").write_bytes(b"b")
+    with pytest.raises(ValueError, match=r"several tokenizers \(tokenizer\.model.*v2.*v3\)"):
+        find_raw_tokenizer(tmp_path)
+    (tmp_path / "tekken.json").write_bytes(b"c")
+    assert find_raw_tokenizer(tmp_path) == tmp_path / "tekken.json"
+
+
+@pytest.mark.parametrize("version", ["v3", "v13"])
+def test_a_model_s_folder_keeps_its_tokenizer_there_and_back(version, folder, tmp_path):
+    source = raw_file(version, folder)
+    params = {**COMMON, "vocab_size": 32768}
+    raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
+    shutil.copyfile(source, raw / source.name)
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    convert_hf_to_raw(tmp_path / "hf", tmp_path / "back")
+    assert file_sha256(tmp_path / "back" / source.name) == file_sha256(source)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.model_max_length == params["max_seq_len"]
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, tokenizer.pad_token_id)
+    outcomes = {check.name: check.ok for check in verify(raw, tmp_path / "hf", logits=False)}
+    assert outcomes == {"configuration": True, "tensors": True, "tokenizer": True}
+    (raw / source.name).unlink()
+    shutil.copyfile(REAL["v1"], raw / "tokenizer.model.v1")
+    checks = {check.name: check for check in verify(raw, tmp_path / "hf", logits=False)}
+    assert checks["tokenizer"].ok is False
+
+
+def test_a_tokenizer_that_is_too_large_for_the_model(tmp_path):
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    shutil.copyfile(REAL["v3"], raw / "tokenizer.model.v3")
+    with pytest.raises(ValueError, match="has 32768 tokens, the model 80"):
+        convert_raw_to_hf(raw, tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]

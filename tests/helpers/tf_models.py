@@ -1,0 +1,64 @@
+"""TensorFlow models with the weights of PyTorch ones; importing this skips a module where the port cannot run."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_REASON = "the TensorFlow port needs pip install 'mistral_hf[tf]'"
+tf = pytest.importorskip("tensorflow", reason=_REASON)
+keras = pytest.importorskip("keras", reason=_REASON)
+if keras.backend.backend() != "tensorflow":
+    pytest.skip(f"Keras runs on {keras.backend.backend()} here, not on TensorFlow", allow_module_level=True)
+
+import mistral_hf  # noqa: E402
+from mistral_hf.tf import attention as tf_attention  # noqa: E402
+from mistral_hf.tf import generation as tf_generation  # noqa: E402
+from mistral_hf.tf import layers as tf_layers  # noqa: E402
+from mistral_hf.tf import logits as tf_logits  # noqa: E402
+from mistral_hf.tf import pretrained as tf_pretrained  # noqa: E402
+
+__all__ = ["arrays", "keras", "run_python", "tf", "to_tf"]
+__all__ += ["tf_attention", "tf_generation", "tf_layers", "tf_logits", "tf_pretrained"]
+
+
+def to_tf(model: Any, dtype: Any = None) -> Any:
+    """The TensorFlow model of the same head, configuration and weights."""
+    ported = getattr(mistral_hf, f"TF{type(model).__name__}")(model.config, dtype=dtype)
+    weights = dict(model.named_parameters())
+    variables = ported.named_weights()
+    assert variables.keys() == weights.keys()
+    for name, variable in variables.items():
+        variable.assign(weights[name].detach().float().numpy())
+    return ported
+
+
+def arrays(inputs: Any) -> dict[str, Any]:
+    """A batch of torch tensors as NumPy arrays."""
+    return {name: tensor.numpy() for name, tensor in inputs.items()}
+
+
+_BLOCK = """
+import sys
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def find_unblocked(name, *args):
+    return None if name.partition(".")[0] in "{blocked}".split() else find(name, *args)
+PathFinder.find_spec = staticmethod(find_unblocked)
+"""
+
+
+def run_python(code: str, blocked: str, **environment: str) -> str:
+    """What a fresh interpreter prints that does not find the packages `blocked`, which are separated by spaces."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCK.format(blocked=blocked) + code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

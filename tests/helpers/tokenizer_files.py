@@ -1,0 +1,65 @@
+"""The tokenizer files that ship with mistral-common, small tekken files of the later versions, and converted ones."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import mistral_common
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mistral_hf.convert.tokenizer import convert_tokenizer
+
+DATA = Path(mistral_common.__file__).parent / "data"
+REAL = {
+    "v1": DATA / "tokenizer.model.v1",
+    "v2": DATA / "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": DATA / "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": DATA / "mistral_instruct_tokenizer_241114.model.v7",
+    "v3-tekken": DATA / "tekken_240718.json",
+}
+SPECIAL_TOKENS = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT] "
+    "[AUDIO] [BEGIN_AUDIO] [ARGS] [CALL_ID] [THINK] [/THINK]"
+)
+VERSIONS = [*REAL, "v7-tekken", "v11", "v13"]
+
+
+@lru_cache
+def raw_file(version: str, folder: Path) -> Path:
+    """A raw tokenizer of this version; versions without a real file get tekken's first tokens."""
+    if version in REAL:
+        return REAL[version]
+    content = json.loads(REAL["v3-tekken"].read_text())
+    names = SPECIAL_TOKENS.split()
+    special = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)]
+    content["vocab"] = content["vocab"][:4000]
+    content["config"] |= {
+        "version": version.removesuffix("-tekken"),
+        "default_num_special_tokens": 40,
+        "default_vocab_size": 4040,
+        "num_vocab_tokens": 4000,
+    }
+    path = folder / version / "tekken.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(content | {"special_tokens": special}))
+    return path
+
+
+@lru_cache
+def reference(version: str, folder: Path, mode: ValidationMode = ValidationMode.agnostic) -> MistralTokenizer:
+    """mistral-common's own tokenizer."""
+    return MistralTokenizer.from_file(raw_file(version, folder), mode=mode)
+
+
+@lru_cache
+def converted(version: str, folder: Path) -> PreTrainedTokenizerBase:
+    """Ours, loaded by AutoTokenizer from the converted files."""
+    target = folder / f"{version}-converted"
+    target.mkdir()
+    convert_tokenizer(raw_file(version, folder), target)
+    return AutoTokenizer.from_pretrained(target)

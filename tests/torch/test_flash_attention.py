@@ -1,0 +1,660 @@
+"""FlashAttention-2 through stand-ins for its kernels, against eager attention; what is refused; whose the kernels are.
+
+Structure is compared in float32, which the stand-ins take only here, so that differences are those of the masks.
+"""
+
+import copy
+import importlib.metadata
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, library
+from torch._dynamo.testing import CompileCounter
+from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+
+from mistral_hf import MistralConfig, MistralForCausalLM, RollingCache, cli
+from mistral_hf.torch import flash_kernels
+from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, make_mask
+from mistral_hf.torch.flash_kernels import KeyRanges, PackageKernels, Sequences, TorchKernels
+from tests.helpers import fake_flash_kernels as standin
+
+NAME = "flash_attention_2"
+KERNELS = {
+    "package": PackageKernels(standin.PACKAGE, "2.8.3", "cpu"),
+    "torch": TorchKernels(standin.VARLEN, "cpu"),
+    "torch 2.11": TorchKernels(standin.VARLEN_2_11, "cpu"),
+}
+OLD_PACKAGE = PackageKernels(standin.PACKAGE_2_3, "2.3.0", "cpu")
+WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8, 100])
+
+
+def use(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_kernels, "_kernels", kernels)
+
+
+@pytest.fixture(params=KERNELS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    use(KERNELS[request.param], monkeypatch)
+    return KERNELS[request.param]
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash_kernels, "DTYPES", (*flash_kernels.DTYPES, torch.float32))
+    monkeypatch.setattr(standin, "DTYPES", [*standin.DTYPES, torch.float32])
+
+
+@pytest.fixture
+def pair(make_model: Any) -> Any:
+    """Builds a flash model and an eager one with the same weights."""
+
+    def make(**overrides: Any) -> tuple[Any, Any]:
+        overrides = {"head_dim": 16, **overrides}
+        return make_model("ForCausalLM", NAME, **overrides), make_model("ForCausalLM", "eager", **overrides)
+
+    return make
+
+
+def padding(side: str, length: int) -> Tensor:
+    """Masks of a row with all tokens, one with some padding, one with much."""
+    places = torch.arange(length).expand(3, -1)
+    counts = torch.tensor([[length], [length - 5], [2]])
+    if side == "both":
+        return ((places >= 2) & (places < counts + (counts == 2))).long()
+    return (places >= length - counts if side == "left" else places < counts).long()
+
+
+def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
+    if real is not None:
+        found, expected = found * real[..., None], expected * real[..., None]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
+
+
+@WINDOWS
+@pytest.mark.parametrize("side", ["none", "left", "right", "both"])
+def test_forward_and_backward(side: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+    """Any padding without a cache, and with the one that forward makes by itself."""
+    ids = torch.randint(1, 99, (3, 19))
+    mask = None if side == "none" else padding(side, 19)
+    real = torch.ones(3, 19) if mask is None else mask
+    gradients = []
+    for model in pair(sliding_window=window):
+        logits = model.train()(ids, attention_mask=mask).logits * real[..., None]
+        logits.square().mean().backward()
+        gradients.append((logits, {name: weight.grad for name, weight in model.named_parameters()}))
+    assert_same(gradients[0][0], gradients[1][0])
+    for name, gradient in gradients[0][1].items():
+        torch.testing.assert_close(gradient, gradients[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["positions", "bounds", "both"])
+@WINDOWS
+def test_packed_sequences(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+    """The library's flattening collator: each sequence gives what it gives alone, with its gradient."""
+    features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
+    batch = DataCollatorWithFlattening(
+        return_flash_attn_kwargs=how != "positions", return_position_ids=how != "bounds"
+    )(features)
+    ours, eager = pair(sliding_window=window)
+    output = ours(**batch)
+    alone = [eager(torch.tensor([feature["input_ids"]])).logits for feature in features]
+    assert_same(output.logits, torch.cat(alone, dim=1))
+    output.loss.backward()
+    assert all(weight.grad is not None for weight in ours.parameters())
+
+
+def test_bounds_are_of_one_row(kernels: Any, exact: None, pair: Any) -> None:
+    bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="one row, but there are 2 rows"):
+        pair()[0](torch.ones(2, 6, dtype=torch.long), cu_seq_lens_q=bounds)
+
+
+GENERATION = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "chunks": {"prefill_chunk_size": 3},
+    "chunks of one": {"prefill_chunk_size": 1},
+    "static chunks": {"cache_implementation": "static", "prefill_chunk_size": 3},
+    "beams": {"num_beams": 3},
+    "static beams": {"cache_implementation": "static", "num_beams": 3},
+    "assisted": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("how", GENERATION)
+def test_generation_across_the_wrap(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+    """Greedily or with beams, left-padded or not: the same tokens."""
+    ours, eager = pair(sliding_window=window)
+    ids = torch.randint(1, 99, (3, 17))
+    masks = [padding("left", 17), torch.ones_like(ids)]
+    if how == "assisted":
+        ids, masks = ids[:1].repeat(1, 2), [torch.ones(1, 34, dtype=torch.long)]
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, **GENERATION[how]}
+    for mask in masks:
+        assert torch.equal(
+            ours.generate(ids, attention_mask=mask, **options), eager.generate(ids, attention_mask=mask, **options)
+        )
+
+
+@pytest.mark.parametrize("make", [DynamicCache, StaticCache, RollingCache])
+@pytest.mark.parametrize("side", ["left", "none"])
+@pytest.mark.parametrize("counts", [(4, 7, 1, 1, 2, 1), (1, 1, 20, 1, 1)])
+def test_steps_and_chunks_with_any_cache(
+    make: Any, side: str, counts: tuple[int, ...], kernels: Any, exact: None, pair: Any
+) -> None:
+    """Logits of every call, among them those of the library's caches, which hold more than the window."""
+    for window in (None, 3, 8):
+        ours, eager = pair(sliding_window=window)
+        ids = torch.randint(1, 99, (3, sum(counts)))
+        mask = padding("left", 15)[:, : ids.shape[1]] if side == "left" else torch.ones(3, 0, dtype=torch.long)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        expected = eager(ids, attention_mask=mask, use_cache=False).logits
+        cache = make(config=ours.config, **({"max_cache_len": 40} if make is StaticCache else {}))
+        start = 0
+        for count in counts:
+            end = start + count
+            with torch.no_grad():
+                logits = ours(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            assert_same(logits, expected[:, start:end], mask[:, start:end])
+            start = end
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_step_with_gradients(window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+    """Where the kernels' decoding functions have no backward pass, others take their place."""
+    ours, eager = pair(sliding_window=window)
+    ids = torch.randint(1, 99, (3, 12))
+    gradients = []
+    for model in (ours, eager):
+        cache = RollingCache(model.config)
+        for start, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+            logits = model(ids[:, start:end], past_key_values=cache, attention_mask=padding("left", 12)[:, :end]).logits
+        logits.sum().backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_close_as_eager(dtype: torch.dtype, kernels: Any, pair: Any) -> None:
+    """Distance from the float32 logits of the same rounded weights, forward and decoding past the window."""
+    ours, eager = (model.to(dtype) for model in pair())
+    truth = copy.deepcopy(eager).float()
+    ids, mask = torch.randint(1, 99, (3, 30)), padding("left", 30)
+    expected = truth(ids, attention_mask=mask).logits
+    distances = []
+    for model in (ours, eager):
+        cache = RollingCache(model.config)
+        with torch.no_grad():
+            pieces = [
+                model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+                for start, end in ((0, 20), *((step, step + 1) for step in range(20, 30)))
+            ]
+        difference = (torch.cat(pieces, dim=1).float() - expected) * mask[..., None]
+        distances.append(difference.norm() / (expected * mask[..., None]).norm())
+    assert distances[0] <= 1.3 * distances[1]
+
+
+def test_autocast_takes_its_dtype(kernels: Any, pair: Any) -> None:
+    ours, eager = (model.bfloat16() for model in pair())
+    ids = torch.randint(1, 99, (2, 12))
+    with torch.autocast("cpu", torch.float16):
+        found, expected = ours(ids).logits, eager(ids).logits
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+class Spy:
+    """The package's or PyTorch's decoding function, which notes where the keys that it got lie."""
+
+    def __init__(self, function: Any, monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
+        self.addresses: list[int] = []
+        name = "with_cache" if isinstance(kernels, PackageKernels) else "varlen"
+
+        def spy(query: Tensor, key: Tensor, *arguments: Any, **options: Any) -> Any:
+            self.addresses.append(key.data_ptr())
+            return function(query, key, *arguments, **options)
+
+        monkeypatch.setattr(kernels, name, spy)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("filled", [6, 7, 30])
+def test_a_step_reads_the_buffer_itself(
+    static: bool, padded: bool, filled: int, kernels: Any, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, at and after the wrap, the kernels get the buffers of all layers, and empty slots are not read."""
+    ours, _ = pair(sliding_window=8)
+    cache = RollingCache(ours.config, max_cache_len=64 if static else None)
+    ids = torch.randint(1, 99, (3, filled + 1))
+    mask = padding("left", filled + 1)
+    with torch.no_grad():
+        ours(ids[:, :-1], attention_mask=mask[:, :-1] if padded else None, past_key_values=cache)
+        for layer in cache.layers:
+            layer.keys[:, :, filled:], layer.values[:, :, filled:] = torch.nan, torch.nan
+        function = kernels.with_cache if isinstance(kernels, PackageKernels) else kernels.varlen
+        spy = Spy(function, monkeypatch, kernels)
+        logits = ours(ids[:, -1:], attention_mask=mask if padded else None, past_key_values=cache).logits
+    assert spy.addresses == [layer.keys.data_ptr() for layer in cache.layers]
+    assert logits.isfinite().all()
+
+
+def shapes_only(*, torch_like: bool) -> Any:
+    """Kernels that compute nothing, for tensors without data."""
+
+    def with_cache(
+        q: Tensor, k: Tensor, v: Tensor, *, cache_leftpad: Any = None, return_softmax_lse: bool = False, **options: Any
+    ) -> Any:
+        return (q, q.new_empty(len(q), q.shape[2], 1)) if return_softmax_lse else q
+
+    def varlen(
+        q: Tensor, *states: Any, return_aux: Any = None, window_size: Any = None, seqused_k: Any = None, **options: Any
+    ) -> Any:
+        return q if return_aux is None else (q, q.new_empty(q.shape[1], len(q)))
+
+    if torch_like:
+        return TorchKernels(SimpleNamespace(varlen_attn=varlen, AuxRequest=standin.AuxRequest), "meta")
+    return PackageKernels(
+        SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_with_kvcache=with_cache), "1", "meta"
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", NAME])
+@pytest.mark.parametrize("torch_like", [False, True])
+@pytest.mark.parametrize("filled", [5, 40])
+def test_no_step_waits_for_an_accelerator(
+    implementation: str, torch_like: bool, filled: int, exact: None, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, where reading a value fails."""
+    use(shapes_only(torch_like=torch_like), monkeypatch)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # knows no meta device
+    model = make_model("ForCausalLM", implementation, head_dim=16).to("meta")
+    cache = RollingCache(model.config)
+    for layer in range(2):
+        cache.update(*torch.empty(2, 3, 2, filled, 16, device="meta"), layer)
+    token = torch.ones(3, 1, dtype=torch.long, device="meta")
+    mask = torch.ones(3, filled + 1, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        assert model(token, attention_mask=mask, past_key_values=cache).logits.shape == (3, 1, 99)
+        with pytest.raises(Exception, match=r"meta"):
+            bool(mask.any())
+
+
+def test_plans_are_made_once(kernels: Any) -> None:
+    """What the layers of a step need is computed with the first of them."""
+    hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plan = make_mask(NAME, hidden, KeyLayout(9, 2, 8, 8), 8, torch.ones(2, 10, dtype=torch.bool))
+    assert isinstance(plan, KeyRanges)
+    assert plan.place(2, 8) is plan.place(2, 8)
+    assert plan.contiguous() is plan
+
+
+@pytest.mark.parametrize(
+    ("query", "slots", "window", "padded", "expected"),
+    [
+        (4, 8, 8, 0, [5, None]),  # not full yet
+        (9, 8, 8, 0, [8, None]),  # wrapped: all slots
+        (4, 8, 8, 2, [2, 3, 4]),
+        (7, 8, 8, 3, [3, 4, 5, 6, 7]),
+        (9, 8, 8, 3, [0, 1, 3, 4, 5, 6, 7]),  # position 2, in slot 2, is padding still
+        (10, 8, 8, 3, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (20, 8, 8, 19, [3, 4]),  # more padding than slots
+        (9, 8, 3, 0, [0, 1, 7]),  # more slots than the window
+        (3, 8, None, 2, [2, 3]),
+    ],
+)
+def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, padded: int, expected: list[Any]) -> None:
+    real = torch.arange(query + 1)[None] >= padded
+    with torch.no_grad():
+        layout = KeyLayout(torch.tensor(query), 0, slots, slots, cached=True)
+        plan = make_mask(NAME, torch.empty(1, 1, 0), layout, window, real if padded else None)
+    if expected[-1] is None:
+        assert plan.starts is None
+        assert plan.lengths.tolist() == [expected[:1]]
+        return
+    pairs = zip(plan.starts[0].tolist(), plan.lengths[0].tolist(), strict=True)
+    assert [slot for start, length in pairs for slot in range(start, start + length)] == expected
+
+
+@pytest.mark.parametrize("layout", ["buffer", "part of one", "tokens first", "one token", "repeated rows"])
+def test_keys_in_any_layout(layout: str, kernels: Any, exact: None) -> None:
+    """A view of what lies like a buffer, a copy of what does not."""
+    buffers = [torch.randn(3, 2, 8, 16) for _ in "kv"]
+    if layout == "part of one":
+        buffers = [buffer[:, :, :5] for buffer in buffers]
+    elif layout == "tokens first":
+        buffers = [buffer.transpose(1, 2).contiguous().transpose(1, 2) for buffer in buffers]
+    elif layout == "one token":
+        buffers = [torch.randn(3, 1, 2, 16).transpose(1, 2) for _ in "kv"]
+    elif layout == "repeated rows":
+        buffers = [buffer[:1].expand(3, -1, -1, -1) for buffer in buffers]
+    query, total = torch.randn(3, 4, 16), buffers[0].shape[2]
+    lengths = torch.tensor([[total], [1], [0]], dtype=torch.int32)
+    plan = KeyRanges(torch.zeros_like(lengths), lengths, {})
+    found = kernels.ranges(query, *buffers, plan, 0.25)
+    for row, count in enumerate(lengths.flatten().tolist()):
+        k, v = (buffer[row, :, :count].transpose(0, 1) for buffer in buffers)
+        expected, _ = standin.attend(query[row][None], k, v, 0.25, (-1, -1), False)
+        torch.testing.assert_close(found[row], expected[0])
+    _, slots = flash_kernels._as_rows(buffers[0])
+    assert slots == (8 if layout in ("buffer", "part of one") else total)
+
+
+def test_merging_ranges() -> None:
+    """Two ranges attended to on their own are the whole; empty ones have no part in it."""
+    q, k, v = torch.randn(1, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    whole, _ = standin.attend(q, k, v, 0.3, (-1, -1), False)
+    for cut in (0, 4, 9):
+        parts = [standin.attend(q, k[span], v[span], 0.3, (-1, -1), False) for span in (slice(cut), slice(cut, None))]
+        outputs = torch.stack([output for output, _ in parts], dim=1)
+        logsumexp = torch.stack([logsumexp[:, 0] for _, logsumexp in parts])[None]
+        merged = flash_kernels.merge(outputs, logsumexp, torch.tensor([[cut, 9 - cut]]))
+        torch.testing.assert_close(merged, whole)
+    empty = flash_kernels.merge(outputs, logsumexp, torch.zeros(1, 2))
+    assert torch.equal(empty, torch.zeros_like(empty))
+
+
+# What is refused.
+
+
+def load(folder: Any, **options: Any) -> Any:
+    return MistralForCausalLM.from_pretrained(folder, attn_implementation=NAME, **options)
+
+
+@pytest.fixture
+def flash_checkpoint(make_model: Any, tmp_path: Any) -> Any:
+    make_model("ForCausalLM", "sdpa", head_dim=16).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_loading(kernels: Any, flash_checkpoint: Any) -> None:
+    """By name, by setting it later, and for a model around ours; nothing of the library's takes its place."""
+    model = load(flash_checkpoint, dtype="bfloat16")
+    assert model.config._attn_implementation == model.model.config._attn_implementation == NAME
+    with torch.no_grad():
+        assert model(torch.ones(1, 3, dtype=torch.long)).logits.dtype == torch.bfloat16
+    later = MistralForCausalLM.from_pretrained(flash_checkpoint, dtype="float16")
+    later.set_attn_implementation(NAME)
+    assert later.config._attn_implementation == NAME
+    later.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"float16 and bfloat16 only, not in torch\.float32"):
+        later.float().set_attn_implementation(NAME)
+
+
+def test_loading_in_float32_is_refused(kernels: Any, flash_checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match=r"not in torch\.float32: load the model with dtype='bfloat16'"):
+        load(flash_checkpoint, dtype="float32")
+
+
+@pytest.mark.parametrize("head_dim", [12, 264])
+def test_head_dims_are_checked(head_dim: int, kernels: Any, make_model: Any) -> None:
+    with pytest.raises(ValueError, match=f"at most 256 elements, not head_dim={head_dim}"):
+        make_model("ForCausalLM", NAME, head_dim=head_dim)
+
+
+def test_later_versions_go_through_the_library(kernels: Any, flash_checkpoint: Any) -> None:
+    assert ALL_ATTENTION_FUNCTIONS["flash_attention_3"].__module__.startswith("transformers.")
+    with pytest.raises(ImportError, match="FlashAttention3"):
+        MistralForCausalLM.from_pretrained(flash_checkpoint, dtype="bfloat16", attn_implementation="flash_attention_3")
+
+
+def test_dtype_and_device_are_checked_at_call(kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = make_model("ForCausalLM", NAME, head_dim=16), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"not in torch\.float32"):
+        model(ids)
+    monkeypatch.setattr(kernels, "device_type", "cuda")
+    with pytest.raises(ValueError, match=r"runs on cuda, and the model is on cpu: move it with model\.to\('cuda'\)"):
+        model.bfloat16()(ids)
+
+
+def test_right_padding_is_refused_with_a_cache(kernels: Any, pair: Any) -> None:
+    model = pair()[0].bfloat16()
+    ids, mask = torch.randint(1, 99, (3, 12)), padding("right", 12)
+    with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values  # right, but not to be continued
+    with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'), torch.no_grad():
+        model(ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
+
+
+def test_padding_amid_a_window_is_refused(kernels: Any, exact: None, pair: Any) -> None:
+    ids, mask = torch.randint(1, 99, (1, 12)), torch.ones(1, 12, dtype=torch.long)
+    mask[0, 4:6] = 0
+    with pytest.raises(ValueError, match="padding between real tokens"):
+        pair()[0](ids, attention_mask=mask)
+    ours, eager = pair(sliding_window=None)
+    assert_same(ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits, mask)
+    with pytest.raises(ValueError, match="no real tokens"):
+        ours(ids, attention_mask=torch.zeros_like(mask))
+
+
+def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
+    model, ids = pair()[0].bfloat16(), torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match="cannot return attention weights: choose attn_implementation='eager'"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"no mask of one's own \(Tensor\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
+
+
+def test_dropout(kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("ForCausalLM", NAME, head_dim=16, attention_dropout=0.25).bfloat16().train()
+    ids = torch.ones(1, 3, dtype=torch.long)
+    if isinstance(kernels, TorchKernels):
+        with pytest.raises(ValueError, match=r"no dropout: set attention_dropout=0 \(it is 0.25\), or install"):
+            model(ids)
+        return
+    seen = []
+    varlen = kernels.varlen
+    monkeypatch.setattr(kernels, "varlen", lambda *a, dropout_p, **o: (seen.append(dropout_p), varlen(*a, **o))[1])
+    model(ids)
+    model.eval()(ids)
+    assert seen == [0.25, 0.25, 0.0, 0.0]
+
+
+def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without padding it decodes; the padding of cached keys it cannot leave out, and says so."""
+    use(OLD_PACKAGE, monkeypatch)
+    ours, eager = pair()
+    ids = torch.randint(1, 99, (3, 11))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for cache in ("dynamic", "static"):
+        assert torch.equal(ours.generate(ids, cache_implementation=cache, **options), eager.generate(ids, **options))
+    with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot leave the padding of cached keys out"):
+        ours.generate(ids, attention_mask=padding("left", 11), **options)
+
+
+# Where the kernels come from.
+
+
+def test_info_names_them(kernels: Any) -> None:
+    assert cli._backend_state(NAME) == f"usable: {kernels.name}"
+
+
+@pytest.fixture
+def nothing_found(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    use(None, monkeypatch)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    monkeypatch.setattr(flash_kernels, "version", not_installed)
+    return monkeypatch
+
+
+def not_installed(package: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(package)
+
+
+def test_no_kernels(nothing_found: Any, flash_checkpoint: Any) -> None:
+    with pytest.raises(ImportError, match=r"install the package flash_attn, version 2\.3\.0 or later .* PyTorch 2\.11"):
+        load(flash_checkpoint, dtype="bfloat16")
+
+
+def test_the_package_comes_first(nothing_found: Any) -> None:
+    nothing_found.setattr(flash_kernels, "version", lambda package: "2.8.3")
+    nothing_found.setattr(flash_kernels.importlib, "import_module", lambda name: standin.PACKAGE)
+    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert flash_kernels.find_kernels().name == "flash_attn 2.8.3"
+    assert flash_kernels.find_kernels() is flash_kernels.find_kernels()
+
+
+def test_pytorch_comes_second(nothing_found: Any) -> None:
+    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    found = flash_kernels.find_kernels()
+    assert isinstance(found, TorchKernels)
+    assert found.name == f"torch.nn.attention.varlen of PyTorch {torch.__version__}"
+
+
+def test_an_old_package_is_no_package(nothing_found: Any) -> None:
+    nothing_found.setattr(flash_kernels, "version", lambda package: "2.2.5")
+    with pytest.raises(ImportError, match=r"flash_attn 2\.2\.5 is older than 2\.3\.0"):
+        flash_kernels.find_kernels()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
+    with pytest.raises(ValueError, match="needs a CUDA device, and there is none: choose 'sdpa'"):
+        MistralForCausalLM(MistralConfig(attn_implementation=NAME, num_hidden_layers=0))
+
+
+def test_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ValueError, match=r"8\.0 \(Ampere\) or later, not 7\.5"):
+        flash_kernels.check_model(torch.bfloat16, 128)
+
+
+# Compiled decoding.
+
+
+@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
+def varlen_operator(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return standin.varlen(query, key, value, cu_q, cu_k, 1, max_k, scale, (-1, -1), False, used)
+
+
+@varlen_operator.register_fake
+def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+
+
+def compiled_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float,
+    window_size: Any = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor,
+) -> Any:
+    """The stand-in as an operator, as PyTorch's function is one."""
+    output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
+    return (output, logsumexp) if return_aux is not None else output
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("source", ["package", "torch"])
+def test_one_graph_of_a_static_step(
+    source: str, padded: bool, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without breaks, and the same before, at and after the wrap, in two sequences of different length."""
+    step_kernels: Any = KERNELS[source]
+    if source == "torch":
+        module = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=standin.AuxRequest)
+        step_kernels = TorchKernels(module, "cpu")
+    use(step_kernels, monkeypatch)
+    ours, eager = pair()
+    counter = CompileCounter()
+    step = torch.compile(ours.forward, backend=counter, fullgraph=True)
+    for prompt in (3, 6):
+        ids = torch.randint(1, 99, (3, 20))
+        mask = torch.ones(3, 20, dtype=torch.long)
+        mask[0, :2] = int(not padded)
+        expected = eager(ids, attention_mask=mask, use_cache=False).logits
+        cache = RollingCache(ours.config, max_cache_len=64)
+        with torch.no_grad():
+            use(KERNELS[source], monkeypatch)  # the prompt's attention is not compiled
+            ours(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
+            use(step_kernels, monkeypatch)
+            for place in range(prompt, 20):
+                plan = ours.create_masks_for_generate(
+                    ours.config, torch.empty(3, 1, 0), mask[:, : place + 1] if padded else None, cache
+                )
+                positions = mask[:, : place + 1].sum(dim=-1, keepdim=True) - 1
+                logits = step(
+                    ids[:, place : place + 1], attention_mask=plan, position_ids=positions, past_key_values=cache
+                ).logits
+                assert_same(logits, expected[:, place : place + 1])
+    assert counter.frame_count == 1
+
+
+# The stand-ins refuse what the kernels refuse.
+
+
+def states(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+INT = torch.int32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": states(4, 4, 16, dtype=torch.float32)}, "fp16 and bf16"),
+        ({"k": states(4, 2, 16, dtype=torch.float16)}, "dtypes differ"),
+        ({"q": states(4, 16, 4).transpose(1, 2)}, "not contiguous"),
+        ({"q": states(4, 4, 12), "k": states(4, 2, 12), "v": states(4, 2, 12)}, "multiple of 8"),
+        ({"k": states(4, 3, 16), "v": states(4, 3, 16)}, "do not divide"),
+        ({"cu_seqlens_q": torch.tensor([0, 4])}, "not int32"),
+        ({"cu_seqlens_q": torch.tensor([0, 3], dtype=INT)}, "do not end"),
+        ({"cu_seqlens_k": torch.tensor([0, 3], dtype=INT)}, "do not cover"),
+        ({"max_seqlen_q": 3}, "too many queries"),
+        ({"max_seqlen_k": torch.tensor(4)}, "no int"),
+        ({"window_size": (-2, 0)}, "window"),
+        ({"window_size": (3, 5)}, "no right side"),
+    ],
+)
+def test_the_stand_in_refuses(change: dict[str, Any], message: str) -> None:
+    bounds = torch.tensor([0, 4], dtype=INT)
+    arguments = {"q": states(4, 4, 16), "k": states(4, 2, 16), "v": states(4, 2, 16), "causal": True}
+    arguments |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 4, "max_seqlen_k": 4}
+    standin.flash_attn_varlen_func(**arguments)
+    with pytest.raises(AssertionError, match=message):
+        standin.flash_attn_varlen_func(**(arguments | change))
+
+
+def test_the_stand_in_is_attention() -> None:
+    """Against PyTorch's own function, and a window counts as documented."""
+    q, k, v = states(5, 4, 16), states(7, 2, 16), states(7, 2, 16)
+    bounds = [torch.tensor([0, count], dtype=INT) for count in (5, 7)]
+    for window in ((-1, -1), (2, 0)):
+        found = standin.flash_attn_varlen_func(q, k, v, *bounds, 5, 7, causal=True, window_size=window)
+        distance = torch.arange(5)[:, None] + 2 - torch.arange(7)
+        mask = (distance >= 0) & (distance <= (2 if window[0] == 2 else 99))
+        batch = (tensor.transpose(0, 1)[None].float() for tensor in (q, k, v))
+        expected = torch.nn.functional.scaled_dot_product_attention(*batch, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(found.float(), expected[0].transpose(0, 1), rtol=2e-2, atol=2e-2)
+
+
+def test_plans_are_of_these_types(kernels: Any) -> None:
+    layout = KeyLayout(0, 0, 4)
+    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout, 3), Sequences)

@@ -1,0 +1,181 @@
+"""Products of linear layers: the same values and gradients as the layer's own call, and when that call is made."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as plain_linear
+
+from mistral_hf.torch.linear import linear
+from tests.helpers.operators import Recorder
+
+WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def operators_of(work: Callable[[], Any]) -> set[str]:
+    with Recorder() as recorder:
+        work()
+    return set(recorder.names)
+
+
+def layer_of(outputs: int = 36, inputs: int = 48) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (1, 2, 48), (8, 1, 48), (3, 5, 48), (2, 3, 4, 48)])
+@pytest.mark.parametrize("outputs", [36, 7, 8])
+def test_values_and_gradients(shape: tuple[int, ...], outputs: int) -> None:
+    layer, states = layer_of(outputs), torch.randn(shape, requires_grad=True)
+    found = linear(layer, states)
+    weight, exact = layer.weight.double(), states.double()
+    torch.testing.assert_close(found.double(), exact @ weight.T, **WITHIN_ROUNDING)
+    gradient = torch.randn_like(found)
+    expected = torch.autograd.grad(exact @ weight.T, [states, layer.weight], gradient.double())
+    for ours, theirs in zip(torch.autograd.grad(found, [states, layer.weight], gradient), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **WITHIN_ROUNDING)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_strided_states_and_gradients(rows: int) -> None:
+    layer = layer_of()
+    wide = torch.randn(rows, 96, requires_grad=True)
+    for states in (wide[:, ::2], wide[:, 48:], torch.randn(48, rows, requires_grad=True).t()):
+        torch.testing.assert_close(linear(layer, states), layer(states), **WITHIN_ROUNDING)
+        ours = torch.autograd.grad(linear(layer, states).sum(), [layer.weight, states])
+        theirs = torch.autograd.grad(layer(states).sum(), [layer.weight, states])
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, **WITHIN_ROUNDING)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "states"])
+def test_only_the_gradients_that_are_needed(frozen: str) -> None:
+    layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=frozen != "states")
+    layer.requires_grad_(frozen != "weight")
+    linear(layer, states).sum().backward()
+    assert (states.grad is None) == (frozen == "states")
+    assert (layer.weight.grad is None) == (frozen == "weight")
+
+
+def test_gradients_of_gradients() -> None:
+    layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=True)
+
+    def second(product: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(product(layer, states).pow(2).sum(), states, create_graph=True)[0]
+        return torch.autograd.grad(first.pow(2).sum(), [states, layer.weight])
+
+    for ours, theirs in zip(second(linear), second(lambda layer, states: layer(states)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_which_product_is_used() -> None:
+    layer = layer_of()
+    with torch.no_grad():
+        assert "aten::bmm" in operators_of(lambda: linear(layer, torch.randn(1, 1, 48)))
+        assert "mkldnn::_linear_pointwise" in operators_of(lambda: linear(layer, torch.randn(1, 2, 48)))
+        assert not operators_of(lambda: layer(torch.randn(1, 2, 48))) & {"aten::bmm", "mkldnn::_linear_pointwise"}
+
+
+class Wrapped(nn.Linear):
+    """As adapters and quantized layers are made."""
+
+
+def hooked(kind: str) -> nn.Linear:
+    layer = layer_of()
+    getattr(layer, f"register_{kind}_hook")(lambda *args: None)
+    return layer
+
+
+def overridden() -> nn.Linear:
+    layer = layer_of()
+    layer.forward = lambda states: plain_linear(states, layer.weight)  # type: ignore[method-assign]
+    return layer
+
+
+SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
+    "bias": lambda: nn.Linear(48, 36),
+    "subclass": lambda: Wrapped(48, 36, bias=False),
+    "bfloat16": lambda: layer_of().bfloat16(),
+    "float64": lambda: layer_of().double(),
+    "forward hook": lambda: hooked("forward"),
+    "forward pre-hook": lambda: hooked("forward_pre"),
+    "backward hook": lambda: hooked("full_backward"),
+    "backward pre-hook": lambda: hooked("full_backward_pre"),
+    "forward of its own": overridden,
+}
+
+
+@pytest.mark.parametrize("kind", SIMPLY_CALLED)
+def test_layers_that_are_simply_called(kind: str) -> None:
+    layer = SIMPLY_CALLED[kind]()
+    states = torch.randn(2, 3, 48, dtype=layer.weight.dtype)
+    with torch.no_grad():
+        assert torch.equal(linear(layer, states), layer(states))
+        if kind != "bfloat16":  # whose own product is oneDNN's
+            assert "mkldnn::_linear_pointwise" not in operators_of(lambda: linear(layer, states))
+
+
+def test_a_global_hook_sees_every_layer() -> None:
+    seen: list[nn.Module] = []
+    layer = layer_of()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        linear(layer, torch.randn(2, 3, 48))
+    finally:
+        handle.remove()
+    assert seen == [layer]
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(layer_of(), torch.randn(2, 3, 48)).dtype == torch.bfloat16
+
+
+def test_no_tokens() -> None:
+    assert linear(layer_of(), torch.empty(2, 0, 48)).shape == (2, 0, 36)
+
+
+def test_transforms_of_functions() -> None:
+    layer, states = layer_of(), torch.randn(4, 3, 48)
+
+    def work(states: Tensor) -> Tensor:
+        return linear(layer, states)
+
+    torch.testing.assert_close(torch.func.vmap(work)(states), layer(states), **WITHIN_ROUNDING)
+    tangent = torch.func.jvp(work, (states,), (states,))[1]
+    torch.testing.assert_close(tangent, layer(states), **WITHIN_ROUNDING)
+    gradient = torch.func.grad(lambda states: work(states).sum())(states)
+    torch.testing.assert_close(gradient, layer.weight.sum(dim=0).expand_as(states), **WITHIN_ROUNDING)
+
+
+def test_compiled_and_exported_programs_hold_the_plain_product() -> None:
+    layer, states = layer_of(), torch.randn(2, 3, 48)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, states: Tensor) -> Tensor:
+            return linear(self.layer, states)
+
+    exported = torch.export.export(Model(), (states,))
+    assert "aten.linear.default" in {str(node.target) for node in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(states), layer(states), **WITHIN_ROUNDING)
+    compiled = torch.compile(Model(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(states), layer(states), **WITHIN_ROUNDING)
+
+
+def test_a_model_uses_them_and_its_hooks_are_called(make_model: Any, token_ids: Any) -> None:
+    model = make_model().eval()
+    ids = token_ids(2, 5)
+    with torch.no_grad():
+        assert "aten::addmm" not in operators_of(lambda: model(ids))
+        assert "aten::mm" not in operators_of(lambda: model(ids))
+        names: list[str] = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda *args, name=name: names.append(name))
+        model(ids)
+    assert len(names) == len(set(names)) == 7 * model.config.num_hidden_layers + 1
