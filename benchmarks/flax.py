@@ -26,7 +26,7 @@ from mistral_hf.checkpoints.pretrained import save_folder
 from mistral_hf.checkpoints.reader import TensorInfo
 from mistral_hf.checkpoints.writer import LazyTensor
 from mistral_hf.convert.tensors import hf_shapes
-from mistral_hf.flax.cache import RollingCache
+from mistral_hf.flax.cache import FlaxRollingCache
 from mistral_hf.flax.compiled import generation_programs
 from mistral_hf.flax.generation import Search
 from mistral_hf.generation_options import GenerationOptions
@@ -140,7 +140,7 @@ def flax_decoding(model: Any, case: ModelCase) -> Run:
     cache, key = model.init_cache(case.batch, case.length), jax.random.key(1)
     keys, values = jax.tree.map(lambda ring: jax.random.normal(key, ring.shape, ring.dtype), (cache.keys, cache.values))
     length = jnp.asarray(case.length, jnp.int32)
-    filled = RollingCache(keys, values, jnp.ones_like(cache.real), length, cache.start)
+    filled = FlaxRollingCache(keys, values, jnp.ones_like(cache.real), length, cache.start)
     tokens = jnp.zeros((case.batch, 1 << 20), jnp.int32)
     state = [Search(jnp.ones((), jnp.int32), tokens, jnp.zeros(case.batch, bool), filled, key, None)]
 

@@ -1,8 +1,6 @@
 """Who answers for Mistral in the Auto classes, models composed with a Mistral inside, and what importing costs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from transformers.models.mistral.configuration_mistral import MistralConfig as S
 
 import mistral_hf
 from mistral_hf import MistralConfig, registration
+from tests.helpers.processes import run_python
 
-SOURCE = Path(mistral_hf.__file__).parent
 AUTO = {
     "AutoModel": "MistralModel",
     "AutoModelForCausalLM": "MistralForCausalLM",
@@ -166,13 +164,6 @@ def test_composite_model_with_an_image(tiny: Any) -> None:
 def test_composite_model_of_the_librarys_own_text_configuration(tiny: Any, token_ids: Any) -> None:
     model = transformers.Mistral3ForConditionalGeneration(composite_config("mistral3", StockConfig(**tiny())))
     assert model(token_ids(1, 5).clamp(max=97)).logits.shape == (1, 5, 99)
-
-
-def run_python(code: str) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_importing_costs_nothing_but_our_own_files() -> None:

@@ -1,6 +1,6 @@
 """The configuration of a Mistral model: typed, validated, free of any tensor framework."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -14,6 +14,8 @@ ACTIVATIONS = frozenset(
         *("relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus", "swish", "tanh", "xielu"),
     }
 )
+
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 @strict
@@ -96,6 +98,29 @@ class MistralConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @property
+    def head_shape(self) -> tuple[int, int, int]:
+        """H, K and D: query heads, key/value heads and head_dim; a validated configuration has all three."""
+        return self.num_attention_heads, cast(int, self.num_key_value_heads), cast(int, self.head_dim)
+
+    def problem_type_for(self, *, floating_point: bool) -> str:
+        """What a sequence classification head is trained to do, given the kind of its labels.
+
+        `problem_type`, or where that is None: regression for one output, else multi-label classification for
+        floating-point labels and single-label classification for integers.
+
+        Raises:
+            ValueError: `problem_type` is not one of `PROBLEM_TYPES`.
+        """
+        if self.problem_type is None:
+            classification = "multi_label_classification" if floating_point else "single_label_classification"
+            return "regression" if self.num_labels == 1 else classification
+        if self.problem_type not in PROBLEM_TYPES:
+            raise ValueError(
+                f"config.problem_type={self.problem_type!r} must be one of {', '.join(PROBLEM_TYPES)}, or None."
+            )
+        return cast(str, self.problem_type)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, those that only this package has where they are set: others read the same file."""

@@ -127,6 +127,6 @@ def check_prompt(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[
     return ids.astype(np.int32), real
 
 
-def prompt_bucket(length: int) -> int:
+def round_up_to_bucket(length: int) -> int:
     """The length that a prompt is padded to on the left: prompts of similar lengths share a compiled program."""
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())

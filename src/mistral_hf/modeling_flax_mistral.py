@@ -24,7 +24,7 @@ from .flax.outputs import FlaxGenerateOutput
 from .flax.params import Params
 from .flax.pretrained import FlaxMistralPreTrainedModel, _check_inputs, _check_range
 from .flax.sharding import place_rows
-from .generation_options import check_prompt, generation_options, prompt_bucket
+from .generation_options import check_prompt, generation_options, round_up_to_bucket
 
 
 class FlaxMistralModel(FlaxMistralPreTrainedModel):
@@ -107,9 +107,9 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         if streamer is not None and chosen.num_beams > 1:
             raise ValueError(f"num_beams={chosen.num_beams} cannot be streamed: leave streamer out, or num_beams=1.")
         limit = chosen.max_new_tokens
-        programs = generation_programs(self._graph, replace(chosen, max_new_tokens=prompt_bucket(limit)))
+        programs = generation_programs(self._graph, replace(chosen, max_new_tokens=round_up_to_bucket(limit)))
         weights = self.params if params is None else params
-        left = ((0, 0), (prompt_bucket(prompt.shape[1]) - prompt.shape[1], 0))
+        left = ((0, 0), (round_up_to_bucket(prompt.shape[1]) - prompt.shape[1], 0))
         ids, real = (place_rows(np.pad(x, left), self.mesh) for x in (prompt, real))
         if chosen.num_beams > 1:
             new = beam_search(programs, weights, ids, real, limit)

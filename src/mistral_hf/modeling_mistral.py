@@ -106,7 +106,7 @@ class MistralPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: The tensor-parallel size does not divide the key/value heads.
         """
-        ranks, kv_heads = getattr(distributed_config, "tp_size", None) or 1, _head_shape(model.config)[1]
+        ranks, kv_heads = getattr(distributed_config, "tp_size", None) or 1, model.config.head_shape[1]
         if kv_heads % ranks and distributed_config.tp_plan != {}:
             fitting = ", ".join(str(size) for size in range(1, kv_heads + 1) if kv_heads % size == 0)
             raise ValueError(
@@ -127,7 +127,7 @@ class MistralPreTrainedModel(PreTrainedModel):
         if requested_attention not in REQUIREMENTS:
             return super().get_correct_attn_implementation(requested_attention, is_init_check)
         dtype = self.config.dtype if is_init_check else self.dtype  # there are no weights yet to ask
-        REQUIREMENTS[requested_attention](dtype, _head_shape(self.config)[2])
+        REQUIREMENTS[requested_attention](dtype, self.config.head_shape[2])
         return requested_attention
 
     def fuse_projections(self) -> None:
@@ -309,7 +309,7 @@ class MistralForCausalLM(MistralPreTrainedModel, GenerationMixin):
 
     def _allocate_now(self, cache: RollingCache, batch_size: int) -> None:
         """Allocate a static cache before a compiled prefill, whose graph cannot do it."""
-        head_dim = _head_shape(self.config)[2]
+        head_dim = self.config.head_shape[2]
         projection = self.get_submodule("model.layers.0.self_attn.k_proj")
         split = hasattr(projection.weight, "to_local")  # tensor parallelism: only this rank's heads
         features = projection.weight.to_local().shape[0] if split else projection.out_features
@@ -543,7 +543,7 @@ class MistralAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        heads, kv_heads, self.head_dim = _head_shape(config)
+        heads, kv_heads, self.head_dim = config.head_shape
         self.num_key_value_groups = heads // kv_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
@@ -610,11 +610,6 @@ class MistralAttention(nn.Module):
     def fusible(self) -> tuple[nn.Module, ...]:
         """The layers that read the same input."""
         return self.q_proj, self.k_proj, self.v_proj
-
-
-def _head_shape(config: MistralConfig) -> tuple[int, int, int]:
-    """H, K and D; a validated configuration has all three."""
-    return config.num_attention_heads, cast(int, config.num_key_value_heads), cast(int, config.head_dim)
 
 
 class MistralMLP(nn.Module):
@@ -706,7 +701,7 @@ class MistralRotaryEmbedding(nn.Module):
     @staticmethod
     def compute_default_rope_parameters(config: MistralConfig, *args: Any, **kwargs: Any) -> tuple[Tensor, float]:
         """Inverse frequencies ``theta ** (-2i / D)``, ``[D/2]`` in float32, and a factor of 1 for cos and sin."""
-        head_dim = _head_shape(config)[2]
+        head_dim = config.head_shape[2]
         theta: float = cast(dict[str, Any], config.rope_parameters)["rope_theta"]
         return 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)), 1.0
 

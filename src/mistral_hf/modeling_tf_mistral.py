@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from .configuration_mistral import MistralConfig
 from .tf.attention import AttentionPlan
-from .tf.cache import PADDING, TFMistralCache, default_capacity
+from .tf.cache import PADDING, TFRollingCache, default_capacity
 from .tf.generation import Generator
 from .tf.layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryEmbedding, Tensor, project
 from .tf.losses import classification_loss, language_model_loss
@@ -62,7 +62,7 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
         input_ids: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: TFMistralCache | None = None,
+        past_key_values: TFRollingCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -179,7 +179,7 @@ class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
         input_ids: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: TFMistralCache | None = None,
+        past_key_values: TFRollingCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
@@ -272,7 +272,7 @@ class TFMistralModel(TFMistralPreTrainedModel):
         input_ids: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: TFMistralCache | None = None,
+        past_key_values: TFRollingCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache_capacity: int | None = None,
@@ -381,7 +381,7 @@ def _inputs(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: tf.constant(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def _check_shapes(states: Tensor, positions: Tensor | None, cache: TFMistralCache | None) -> None:
+def _check_shapes(states: Tensor, positions: Tensor | None, cache: TFRollingCache | None) -> None:
     """Raise where known shapes of ``[B, S, E]`` states, ``[B or 1, S]`` positions and a cache do not fit together."""
     batch, length = states.shape[:2]
     if positions is not None and not any(positions.shape.is_compatible_with([rows, length]) for rows in (1, batch)):
@@ -409,7 +409,7 @@ def _real_tokens(attention_mask: Tensor | None, states: Tensor) -> Tensor | None
     return tf.cast(attention_mask[:, -size(states, 1) :], tf.bool)
 
 
-def _start(real: Tensor | None, states: Tensor, cache: TFMistralCache | None) -> Tensor:
+def _start(real: Tensor | None, states: Tensor, cache: TFRollingCache | None) -> Tensor:
     """The column of a row's first real token, ``[B]``; as long as there is none, the next column."""
     if real is None:
         new = tf.zeros([size(states, 0)], tf.int32)
@@ -421,13 +421,13 @@ def _start(real: Tensor | None, states: Tensor, cache: TFMistralCache | None) ->
     return tf.where(cache.start < cache.seen, cache.start, cache.seen + new)
 
 
-def _positions(start: Tensor, length: Any, cache: TFMistralCache | None) -> Tensor:
+def _positions(start: Tensor, length: Any, cache: TFRollingCache | None) -> Tensor:
     """Positions ``[B, S]`` of the new tokens: a row's first real token has position 0."""
     first = 0 if cache is None else cache.seen
     return tf.maximum(first + tf.range(length) - start[:, None], 0)
 
 
-def _segments(real: Tensor | None, positions: Tensor | None, states: Tensor, cache: TFMistralCache | None) -> Tensor:
+def _segments(real: Tensor | None, positions: Tensor | None, states: Tensor, cache: TFRollingCache | None) -> Tensor:
     """``[B, S]`` int32: the number of the packed sequence that a token is in, or that of padding."""
     shape = [size(states, 0), size(states, 1)]
     if real is not None:

@@ -1,8 +1,6 @@
 """What a process must or need not have for the JAX port: packages, several devices; and its example."""
 
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,10 @@ import pytest
 from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM
 from mistral_hf.flax.sharding import weight_sharding
 from tests.helpers.flax_models import jax
+from tests.helpers.processes import run_python
 
 P = jax.sharding.PartitionSpec
-BLOCK = """
-import importlib.machinery, sys
-find = importlib.machinery.PathFinder.find_spec
-hidden = lambda name, *args, **kwargs: None if name.partition(".")[0] in {packages!r} else find(name, *args, **kwargs)
-importlib.machinery.PathFinder.find_spec = staticmethod(hidden)
-"""
 ROOT = Path(__file__).parents[2]
-
-
-def run_python(code: str, hidden: tuple[str, ...] = (), **environment: str) -> str:
-    """What a fresh interpreter prints, in which some packages cannot be found."""
-    code = BLOCK.format(packages=hidden) + code
-    environment = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("missing", ["jax", "flax"])

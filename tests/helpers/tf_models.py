@@ -1,8 +1,6 @@
 """TensorFlow models with the weights of PyTorch ones; importing this skips a module where the port cannot run."""
 
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from mistral_hf.tf import layers as tf_layers  # noqa: E402
 from mistral_hf.tf import logits as tf_logits  # noqa: E402
 from mistral_hf.tf import pretrained as tf_pretrained  # noqa: E402
 
-__all__ = ["arrays", "keras", "run_python", "tf", "to_tf"]
+__all__ = ["arrays", "keras", "tf", "to_tf"]
 __all__ += ["tf_attention", "tf_generation", "tf_layers", "tf_logits", "tf_pretrained"]
 
 
@@ -39,26 +37,3 @@ def to_tf(model: Any, dtype: Any = None) -> Any:
 def arrays(inputs: Any) -> dict[str, Any]:
     """A batch of torch tensors as NumPy arrays."""
     return {name: tensor.numpy() for name, tensor in inputs.items()}
-
-
-_BLOCK = """
-import sys
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-def find_unblocked(name, *args):
-    return None if name.partition(".")[0] in "{blocked}".split() else find(name, *args)
-PathFinder.find_spec = staticmethod(find_unblocked)
-"""
-
-
-def run_python(code: str, blocked: str, **environment: str) -> str:
-    """What a fresh interpreter prints that does not find the packages `blocked`, which are separated by spaces."""
-    done = subprocess.run(
-        [sys.executable, "-c", _BLOCK.format(blocked=blocked) + code],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environment},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout

@@ -13,7 +13,8 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 import mistral_hf
 from mistral_hf import BUNDLED_CHECKPOINT
 from mistral_hf.checkpoints.reader import CheckpointError
-from tests.helpers.tf_models import arrays, keras, run_python, tf, tf_pretrained, to_tf
+from tests.helpers.processes import run_python
+from tests.helpers.tf_models import arrays, keras, tf, tf_pretrained, to_tf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import mistral_hf
-from tests.helpers.tf_models import arrays, keras, run_python, tf, to_tf
+from tests.helpers.processes import run_python
+from tests.helpers.tf_models import arrays, keras, tf, to_tf
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "classify_text_tf.py"
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..generation_options import GenerationOptions
-from .cache import RollingCache
+from .cache import FlaxRollingCache
 from .generation import Forward, is_end, penalized, seen_tokens
 
 _NEVER = -1e9  # the score of what must not be chosen
@@ -43,12 +43,12 @@ class BeamSearch:
     done: Array
     open: Array
     stopped: Array
-    cache: RollingCache
+    cache: FlaxRollingCache
     seen: Array | None
 
 
 def start(
-    forward: Forward, ids: Array, real: Array, cache: RollingCache, limit: Array, options: GenerationOptions
+    forward: Forward, ids: Array, real: Array, cache: FlaxRollingCache, limit: Array, options: GenerationOptions
 ) -> BeamSearch:
     """Read the prompt ``[B, S]`` into an empty cache and choose the first tokens."""
     batch, beams = ids.shape[0], options.num_beams

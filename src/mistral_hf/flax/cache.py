@@ -22,7 +22,7 @@ from jax import Array, lax
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class RollingCache:
+class FlaxRollingCache:
     """Keys and values of the last tokens of every layer; a pytree that every call returns anew.
 
     Attributes:
@@ -46,11 +46,11 @@ class RollingCache:
         """Number of tokens that the buffer can hold."""
         return int(self.real.shape[1])
 
-    def mark(self, real: Array) -> RollingCache:
+    def mark(self, real: Array) -> FlaxRollingCache:
         """The cache that has seen new tokens ``[B, S]``, of which only the keys and values are still to be stored."""
         count = real.shape[1]
         first = jnp.where(real.any(axis=1), jnp.argmax(real, axis=1), count) + self.length
-        return RollingCache(
+        return FlaxRollingCache(
             keys=self.keys,
             values=self.values,
             real=store(self.real[:, None, :, None], real[:, None, :, None], self.length)[:, 0, :, 0],
@@ -63,22 +63,22 @@ class RollingCache:
         index = self.length - count + jnp.arange(count)
         return jnp.maximum(index - self.start[:, None], 0)
 
-    def select(self, rows: Array) -> RollingCache:
+    def select(self, rows: Array) -> FlaxRollingCache:
         """The cache of other rows ``[B']``, each a copy of one of these."""
         axis = 0 if isinstance(self.keys, tuple) else 1
         keys, values = jax.tree.map(partial(jnp.take, indices=rows, axis=axis), (self.keys, self.values))
         return replace(self, keys=keys, values=values, real=self.real[rows], start=self.start[rows])
 
 
-def empty_cache(layers: int, stacked: bool, shape: tuple[int, int, int, int], dtype: Any) -> RollingCache:
-    """A `RollingCache` that holds nothing; the shape of a layer is ``[B, K, slots, D]``."""
+def empty_cache(layers: int, stacked: bool, shape: tuple[int, int, int, int], dtype: Any) -> FlaxRollingCache:
+    """A `FlaxRollingCache` that holds nothing; the shape of a layer is ``[B, K, slots, D]``."""
 
     def zeros() -> Any:
         return jnp.zeros((layers, *shape), dtype) if stacked else tuple(jnp.zeros(shape, dtype) for _ in range(layers))
 
     batch, slots = shape[0], shape[2]
     length, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
-    return RollingCache(zeros(), zeros(), jnp.zeros((batch, slots), bool), length, start, empty=True)
+    return FlaxRollingCache(zeros(), zeros(), jnp.zeros((batch, slots), bool), length, start, empty=True)
 
 
 def store(ring: Array, new: Array, length: Array) -> Array:

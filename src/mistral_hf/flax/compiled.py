@@ -17,7 +17,7 @@ from jax import Array
 from ..generation_options import GenerationOptions
 from . import beam_search as flax_beam_search
 from . import generation as flax_generation
-from .cache import RollingCache
+from .cache import FlaxRollingCache
 from .generation import Forward
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .params import Params, to_module
@@ -84,7 +84,7 @@ def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPro
 
 
 def _next_logits(module: Any) -> Forward:
-    def forward(ids: Array, real: Array, cache: RollingCache) -> tuple[Array, RollingCache]:
+    def forward(ids: Array, real: Array, cache: FlaxRollingCache) -> tuple[Array, FlaxRollingCache]:
         outputs = module(ids, real, None, cache, logits_to_keep=1)
         return outputs.logits[:, -1].astype(jnp.float32), outputs.past_key_values
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..generation_options import GenerationOptions
-from .cache import RollingCache
+from .cache import FlaxRollingCache
 
-Forward = Callable[[Array, Array, RollingCache], tuple[Array, RollingCache]]
+Forward = Callable[[Array, Array, FlaxRollingCache], tuple[Array, FlaxRollingCache]]
 """From ids and mask ``[B, S]`` and a cache to the last token's logits ``[B, V]`` in float32, and the cache after it."""
 
 
@@ -37,13 +37,13 @@ class Search:
     step: Array
     tokens: Array
     finished: Array
-    cache: RollingCache
+    cache: FlaxRollingCache
     key: Array
     seen: Array | None
 
 
 def start(
-    forward: Forward, ids: Array, real: Array, cache: RollingCache, key: Array, options: GenerationOptions
+    forward: Forward, ids: Array, real: Array, cache: FlaxRollingCache, key: Array, options: GenerationOptions
 ) -> Search:
     """Read the prompt ``[B, S]`` into an empty cache and choose the first token."""
     batch = ids.shape[0]

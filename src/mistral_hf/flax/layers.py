@@ -21,7 +21,7 @@ from jax import Array, lax
 from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
 from .attention import attend
-from .cache import RollingCache, empty_cache, in_order, store
+from .cache import FlaxRollingCache, empty_cache, in_order, store
 from .outputs import FlaxCausalLMOutput, FlaxModelOutput
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
@@ -123,7 +123,7 @@ class MistralModule(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.layer_count, self.scan_layers, self.remat = config.num_hidden_layers, scan_layers, remat
-        self.window, (_, self.kv_heads, self.head_dim) = config.sliding_window, head_shape(config)
+        self.window, (_, self.kv_heads, self.head_dim) = config.sliding_window, config.head_shape
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, std=config.initializer_range, rngs=rngs
         )
@@ -143,7 +143,7 @@ class MistralModule(nnx.Module):
         input_ids: Array,
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
-        past_key_values: RollingCache | None = None,
+        past_key_values: FlaxRollingCache | None = None,
         *,
         dropout_key: Array | None = None,
         output_hidden_states: bool = False,
@@ -186,14 +186,14 @@ class MistralModule(nnx.Module):
             attentions=tuple(weights) if output_attentions else None,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> RollingCache:
+    def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
         """An empty cache for sequences of up to `max_length` tokens; with a window, for any length beyond W."""
         slots = min(self.window or max_length, max_length)
         shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 
     def _run_layers(
-        self, states: Array, context: Context, past: RollingCache | None, dropout_key: Array | None, collect: bool
+        self, states: Array, context: Context, past: FlaxRollingCache | None, dropout_key: Array | None, collect: bool
     ) -> tuple[Array, Any, Any, Any]:
         """States after all layers; keys and values by layer; the input of every layer; attention weights by layer."""
 
@@ -221,7 +221,7 @@ class MistralModule(nnx.Module):
                 values.append(stored[1])
         return states, (tuple(keys), tuple(values)), collected, attentions
 
-    def _scan_layers(self, apply: Any, states: Array, past: RollingCache | None, collect: bool) -> Any:
+    def _scan_layers(self, apply: Any, states: Array, past: FlaxRollingCache | None, collect: bool) -> Any:
         graph, weights = nnx.split(self.layers)
         stored = None if past is None else (past.keys, past.values)
 
@@ -242,7 +242,7 @@ def positions_of(mask: Array) -> Array:
     return jnp.maximum(jnp.arange(count) - first[:, None], 0)
 
 
-def _real_keys(past: RollingCache, cache: RollingCache, mask: Array) -> Array:
+def _real_keys(past: FlaxRollingCache, cache: FlaxRollingCache, mask: Array) -> Array:
     """Which of the keys that the new tokens meet are no padding, ``[B, T]``; see `MistralAttention`."""
     if past.empty:
         return mask
@@ -273,7 +273,7 @@ class MistralAttention(nnx.Module):
     """Grouped-query attention with rotary embeddings, within the sliding window."""
 
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
-        heads, self.kv_heads, self.head_dim = head_shape(config)
+        heads, self.kv_heads, self.head_dim = config.head_shape
         self.groups = heads // self.kv_heads
         self.window, self.dropout = config.sliding_window, float(config.attention_dropout)
         project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
@@ -328,11 +328,6 @@ class MistralAttention(nnx.Module):
         if weights is not None:
             weights = weights.reshape(batch, -1, *weights.shape[3:])
         return self.o_proj(mixed), stored, weights
-
-
-def head_shape(config: MistralConfig) -> tuple[int, int, int]:
-    """H, K and D; a validated configuration has all three."""
-    return config.num_attention_heads, int(config.num_key_value_heads or 0), int(config.head_dim or 0)
 
 
 class MistralMLP(nnx.Module):

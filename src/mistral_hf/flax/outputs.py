@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from .cache import RollingCache
+from .cache import FlaxRollingCache
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FlaxModelOutput(_Output):
     """
 
     last_hidden_state: Array
-    past_key_values: RollingCache | None = None
+    past_key_values: FlaxRollingCache | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
@@ -53,7 +53,7 @@ class FlaxCausalLMOutput(_Output):
     """
 
     logits: Array
-    past_key_values: RollingCache | None = None
+    past_key_values: FlaxRollingCache | None = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 

@@ -22,7 +22,7 @@ from ..checkpoints.pretrained import locate, open_weights, save_folder
 from ..checkpoints.reader import Shape, TensorInfo
 from ..checkpoints.writer import LazyTensor
 from ..configuration_mistral import MistralConfig
-from .cache import RollingCache
+from .cache import FlaxRollingCache
 from .compiled import forward_programs
 from .params import Params, Stacker, checked, flatten, from_state, nest, tensors_of, to_module
 from .sharding import check_mesh, place_rows, weight_sharding
@@ -199,7 +199,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         places, flat = self._places(), checked(params, self._abstract)
         self._params = nest({name: jax.device_put(weight, places[name]) for name, weight in flat.items()})
 
-    def init_cache(self, batch_size: int, max_length: int) -> RollingCache:
+    def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
         """A cache for sequences of up to `max_length` tokens, padding included; with a window, for any length beyond W.
 
         Pass it as `past_key_values`, and what a call returns to the next call.
@@ -214,7 +214,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         position_ids: Any = None,
         *,
         params: Params | None = None,
-        past_key_values: RollingCache | None = None,
+        past_key_values: FlaxRollingCache | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         train: bool = False,
@@ -262,7 +262,7 @@ def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
 
 
-def _check_inputs(input_ids: Any, attention_mask: Any, cache: RollingCache | None, config: MistralConfig) -> None:
+def _check_inputs(input_ids: Any, attention_mask: Any, cache: FlaxRollingCache | None, config: MistralConfig) -> None:
     """Check shapes, and values where they are known, before a program is compiled for them."""
     if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
         raise ValueError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {input_ids.shape}.")

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 import tensorflow as tf
 
-from .cache import PADDING, TFMistralCache
+from .cache import PADDING, TFRollingCache
 from .shapes import Size, Tensor, _cut, _least, _most, size
 
 Dropout: TypeAlias = Callable[[Tensor, Size], Tensor]
@@ -30,7 +30,7 @@ class AttentionPlan:
         capacity: Tokens that a new cache is to have room for; None keeps none. Of no effect if there is a cache.
     """
 
-    def __init__(self, window: int | None, segments: Tensor, cache: TFMistralCache | None, capacity: Size | None):
+    def __init__(self, window: int | None, segments: Tensor, cache: TFRollingCache | None, capacity: Size | None):
         self.window, self.segments, self.cache = window, segments, cache
         self.length = size(segments, 1)
         self.keeps = cache is not None or capacity is not None
@@ -45,7 +45,7 @@ class AttentionPlan:
             before = (end - tf.range(self.slots)) % self.slots
             self.column = end - before - seen  # of what each slot will hold, 0 being the first new token
 
-    def _see_past(self, cache: TFMistralCache, segments: Tensor) -> None:
+    def _see_past(self, cache: TFRollingCache, segments: Tensor) -> None:
         if self.in_ring_order:
             self.slot = cache.seen % self.slots
             self.key_segments = self._write(cache.segments[:, None, :, None], segments[:, None, :, None])[:, 0, :, 0]
@@ -90,7 +90,7 @@ class AttentionPlan:
             return self._attend_by_blocks(q, k, v, dropout), None
         return mix(q, k, v, visible, dropout, 0)
 
-    def finished(self, stored: list[tuple[Tensor, Tensor]], start: Tensor) -> TFMistralCache | None:
+    def finished(self, stored: list[tuple[Tensor, Tensor]], start: Tensor) -> TFRollingCache | None:
         """The cache after all layers, or None if nothing is kept. `start` is ``[B]``, as in the cache."""
         if not self.keeps:
             return None
@@ -103,7 +103,7 @@ class AttentionPlan:
             segments = self._merge(self.cache.segments[:, None, :, None], self.segments[:, None, :, None])[:, 0, :, 0]
         seen = self.length + (0 if self.cache is None else self.cache.seen)
         keys, values = zip(*stored, strict=True) if stored else ((), ())
-        return TFMistralCache(tuple(keys), tuple(values), segments, tf.convert_to_tensor(seen, tf.int32), start)
+        return TFRollingCache(tuple(keys), tuple(values), segments, tf.convert_to_tensor(seen, tf.int32), start)
 
     def _write(self, buffer: Tensor, state: Tensor) -> Tensor:
         """``[B, K, slots, D]`` with one token's ``[B, K, 1, D]`` in its slot; in place within a compiled loop."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import tensorflow as tf
 
 from ..generation_options import GenerationOptions
-from .cache import TFMistralCache
+from .cache import TFRollingCache
 from .logits import is_any, marked, penalized
 
 Tensor: TypeAlias = Any
@@ -31,7 +31,7 @@ class BeamState(NamedTuple):
     hopeful: Tensor  # [B], whether going on can improve on them
     open: Tensor  # a scalar, whether any beam can go on
     seen: Tensor  # [R, V]
-    cache: TFMistralCache
+    cache: TFRollingCache
 
 
 class BeamSearch:
@@ -46,7 +46,7 @@ class BeamSearch:
         # so many candidates that M of them go on even if all others end
         self.candidates = max(2, 1 + len(options.eos_token_ids)) * options.num_beams
 
-    def begin(self, logits: Tensor, cache: TFMistralCache, seen: Tensor, limit: Tensor, seed: Tensor) -> BeamState:
+    def begin(self, logits: Tensor, cache: TFRollingCache, seen: Tensor, limit: Tensor, seed: Tensor) -> BeamState:
         """See `tf_generation.Search`; `seed` is of no use here."""
         batch, beams, room = logits.shape[0], self.options.num_beams, self.options.max_new_tokens
         rows = tf.repeat(tf.range(batch), beams)
@@ -67,7 +67,7 @@ class BeamSearch:
         )
         return self.advance(state, tf.gather(logits, rows), cache.gather_rows(rows))
 
-    def advance(self, state: BeamState, logits: Tensor, cache: TFMistralCache) -> BeamState:
+    def advance(self, state: BeamState, logits: Tensor, cache: TFRollingCache) -> BeamState:
         """See `tf_generation.Search`."""
         batch, beams = state.scores.shape
         scores = penalized(tf.nn.log_softmax(logits), state.seen, self.options.repetition_penalty)
@@ -117,7 +117,7 @@ class BeamSearch:
         beatable = reachable > tf.where(state.is_ended, worst, _NEVER)
         return state._replace(hopeful=state.hopeful & tf.reduce_any(beatable, axis=1))
 
-    def inputs(self, state: BeamState) -> tuple[Tensor, TFMistralCache]:
+    def inputs(self, state: BeamState) -> tuple[Tensor, TFRollingCache]:
         """See `tf_generation.Search`."""
         last = tf.gather(state.tokens, state.step - 1, axis=2)
         return tf.reshape(last, [-1]), state.cache

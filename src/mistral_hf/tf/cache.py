@@ -17,7 +17,7 @@ PADDING = -1  # the segment of padding tokens, and of empty slots
 _MIN_SLOTS = 16
 
 
-class TFMistralCache(NamedTuple):
+class TFRollingCache(NamedTuple):
     """Keys and values of the tokens that the next ones can see; a nest of tensors, which nothing changes in place.
 
     Attributes:
@@ -39,7 +39,7 @@ class TFMistralCache(NamedTuple):
         """Tokens that a layer has room for."""
         return self.segments.shape[1]
 
-    def grown_for(self, count: int, window: int | None) -> TFMistralCache:
+    def grown_for(self, count: int, window: int | None) -> TFRollingCache:
         """The same with room for `count` more tokens, or for the window: at least doubled if there is too little.
 
         Only outside of graphs, whose shapes are fixed.
@@ -55,7 +55,7 @@ class TFMistralCache(NamedTuple):
             segments=tf.pad(self.segments, rows[1:3], constant_values=PADDING),
         )
 
-    def gather_rows(self, rows: Tensor) -> TFMistralCache:
+    def gather_rows(self, rows: Tensor) -> TFRollingCache:
         """The rows of the batch that ``[N]`` names, in that order."""
         return self._replace(
             keys=tuple(tf.gather(keys, rows) for keys in self.keys),

@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 from transformers import GenerationConfig
 
-from ..generation_options import GenerationOptions, check_prompt, generation_options, prompt_bucket
+from ..generation_options import GenerationOptions, check_prompt, generation_options, round_up_to_bucket
 from .beam_search import BeamSearch
-from .cache import TFMistralCache
+from .cache import TFRollingCache
 from .logits import is_any, marked, penalized, warped
 
 Tensor: TypeAlias = Any
@@ -26,13 +26,13 @@ CHUNK = 1024  # tokens of a prompt that are read at once; a power of two
 class Search(Protocol):
     """How tokens are chosen. States are nests of tensors of fixed shapes, with a field ``step``: tokens so far."""
 
-    def begin(self, logits: Tensor, cache: TFMistralCache, seen: Tensor, limit: Tensor, seed: Tensor) -> Any:
+    def begin(self, logits: Tensor, cache: TFRollingCache, seen: Tensor, limit: Tensor, seed: Tensor) -> Any:
         """The state after the first tokens, from the ``[B, V]`` float32 logits of the prompts' last tokens."""
 
-    def advance(self, state: Any, logits: Tensor, cache: TFMistralCache) -> Any:
+    def advance(self, state: Any, logits: Tensor, cache: TFRollingCache) -> Any:
         """The state after the next tokens, from ``[R, V]`` logits."""
 
-    def inputs(self, state: Any) -> tuple[Tensor, TFMistralCache]:
+    def inputs(self, state: Any) -> tuple[Tensor, TFRollingCache]:
         """The last tokens ``[R]``, and what came before them."""
 
     def running(self, state: Any) -> Tensor:
@@ -71,9 +71,9 @@ class Generator:
         if streamer is not None and chosen.num_beams > 1:
             raise ValueError(f"num_beams={chosen.num_beams} cannot be streamed: beams change until the end.")
         limit = chosen.max_new_tokens
-        key = replace(chosen, max_new_tokens=prompt_bucket(limit)), jit_compile
+        key = replace(chosen, max_new_tokens=round_up_to_bucket(limit)), jit_compile
         programs = self._programs.get(key) or self._programs.setdefault(key, _Programs(self._model, *key))
-        fill = prompt_bucket(ids.shape[1]) - ids.shape[1]
+        fill = round_up_to_bucket(ids.shape[1]) - ids.shape[1]
         padded = np.pad(ids, [(0, 0), (fill, 0)])
         mask = np.pad(real, [(0, 0), (fill, 0)])
         seed = random.getrandbits(31) if seed is None else seed
@@ -123,7 +123,7 @@ class _Programs:
             logits_to_keep=1,
         )
 
-        def read_on(first: Tensor, logits: Tensor, cache: TFMistralCache) -> tuple[Tensor, Tensor, TFMistralCache]:
+        def read_on(first: Tensor, logits: Tensor, cache: TFRollingCache) -> tuple[Tensor, Tensor, TFRollingCache]:
             outputs = self._model(
                 input_ids=tf.slice(ids, [0, first], [-1, chunk]),
                 attention_mask=tf.slice(real, [0, first], [-1, chunk]),
@@ -170,7 +170,7 @@ class SamplingState(NamedTuple):
     finished: Tensor  # [B]
     seen: Tensor  # [B, V]
     seed: Tensor
-    cache: TFMistralCache
+    cache: TFRollingCache
 
 
 class Sampling:
@@ -183,7 +183,7 @@ class Sampling:
     def __init__(self, options: GenerationOptions) -> None:
         self.options = options
 
-    def begin(self, logits: Tensor, cache: TFMistralCache, seen: Tensor, limit: Tensor, seed: Tensor) -> SamplingState:
+    def begin(self, logits: Tensor, cache: TFRollingCache, seen: Tensor, limit: Tensor, seed: Tensor) -> SamplingState:
         """See `Search`."""
         batch = logits.shape[0]
         tokens = tf.fill([batch, self.options.max_new_tokens], self.options.pad_token_id)
@@ -191,7 +191,7 @@ class Sampling:
         state = SamplingState(tf.constant(0), tokens, empty, tf.zeros([batch], tf.bool), seen, seed, cache)
         return self.advance(state, logits, cache)
 
-    def advance(self, state: SamplingState, logits: Tensor, cache: TFMistralCache) -> SamplingState:
+    def advance(self, state: SamplingState, logits: Tensor, cache: TFRollingCache) -> SamplingState:
         """See `Search`."""
         options = self.options
         logits = penalized(logits, state.seen, options.repetition_penalty)
@@ -216,7 +216,7 @@ class Sampling:
             cache,
         )
 
-    def inputs(self, state: SamplingState) -> tuple[Tensor, TFMistralCache]:
+    def inputs(self, state: SamplingState) -> tuple[Tensor, TFRollingCache]:
         """See `Search`."""
         return state.last, state.cache
 

@@ -13,7 +13,6 @@ from ..configuration_mistral import MistralConfig
 
 Tensor: TypeAlias = Any
 IGNORE_INDEX = -100
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def language_model_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,9 +50,7 @@ def classification_loss(logits: Tensor, labels: Tensor, config: MistralConfig) -
     Raises:
         ValueError: The problem type is unknown, or the labels do not fit it.
     """
-    problem = config.problem_type or _problem_type(labels, config.num_labels)
-    if problem not in PROBLEM_TYPES:
-        raise ValueError(f"config.problem_type={problem!r} must be one of {', '.join(PROBLEM_TYPES)}, or None.")
+    problem = config.problem_type_for(floating_point=labels.dtype.is_floating)
     if problem == "single_label_classification":
         return _cross_entropy(logits, tf.reshape(labels, [-1]))
     targets = 1
@@ -68,12 +65,6 @@ def classification_loss(logits: Tensor, labels: Tensor, config: MistralConfig) -
     if problem == "regression":
         return tf.reduce_mean(tf.square(wide - wanted))
     return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(labels=wanted, logits=wide))
-
-
-def _problem_type(labels: Tensor, num_labels: int) -> str:
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.dtype.is_floating else "single_label_classification"
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from .validation import check_range
 
 IGNORE_INDEX = -100
 BLOCK_ELEMENTS = 1 << 22  # logits that are taken to float32 together
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def language_model_loss(
@@ -304,9 +303,7 @@ def sequence_classification_loss(
         ValueError: The problem type is unknown, or the labels do not fit it.
     """
     labels = labels.to(pooled_logits.device)
-    problem = config.problem_type or _problem_type(labels, config.num_labels)
-    if problem not in PROBLEM_TYPES:
-        raise ValueError(f"config.problem_type={problem!r} must be one of {', '.join(PROBLEM_TYPES)}, or None.")
+    problem = config.problem_type_for(floating_point=labels.is_floating_point())
     if problem == "single_label_classification":
         check_labels(labels, config.num_labels)
         labels = labels.view(-1)
@@ -322,12 +319,6 @@ def sequence_classification_loss(
     if num_items_in_batch is None:
         return criterion(pooled_logits, labels)
     return criterion(pooled_logits, labels, reduction="sum") / _on(pooled_logits.device, num_items_in_batch)
-
-
-def _problem_type(labels: Tensor, num_labels: int) -> str:
-    if num_labels == 1:
-        return "regression"
-    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
