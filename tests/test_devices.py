@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -19,7 +20,8 @@ from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ROOT = Path(__file__).parents[1]
-CHUNKS = (None, 5) if torch.__version__ >= "2.13" else (None,)  # FSDP2 gathers a head for every call of it since 2.13
+GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each call of it
+CHUNKS = (None, 5) if GATHERS_EVERY_CALL else (None,)
 accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
 # What both processes run: a checkpoint with tensor parallelism, then sharded by FSDP2, compared with the whole model.

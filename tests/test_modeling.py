@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import mistral_hf.modeling_mistral
 from tests.conftest import HEADS, VOCABULARY
 from tests.helpers import reference
 
@@ -499,11 +497,3 @@ def test_deepcopy_and_moving_dtype(make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(), token_ids(1, 9)
     twin = copy.deepcopy(model).to(torch.float64).to(torch.float32)
     torch.testing.assert_close(twin(ids).logits, model(ids).logits, **TIGHT)
-
-
-@torch.no_grad()
-def test_a_norm_of_fake_tensors_leaves_nothing_behind() -> None:
-    norm, states = mistral_hf.modeling_mistral.MistralRMSNorm(12, eps=3e-3), torch.randn(2, 3, 12)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        assert norm(mode.from_tensor(states)).shape == states.shape
-    torch.testing.assert_close(norm(states), torch.nn.functional.rms_norm(states, (12,), norm.weight, 3e-3))

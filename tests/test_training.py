@@ -152,7 +152,7 @@ def test_a_mask_that_lets_packed_sequences_see_each_other(collate: Any, make_mod
 @pytest.mark.parametrize("keyword", ["return_flash_attn_kwargs", "return_seq_idx"])
 def test_packing_without_positions(keyword: str, make_model: Any, sequences: Any) -> None:
     batch = DataCollatorWithFlattening(return_position_ids=False, **{keyword: True})([dict(row) for row in sequences])
-    with pytest.raises(ValueError, match=r"sequences are packed.*return_position_ids=True"):
+    with pytest.raises(ValueError, match=r"marks packed sequences.*return_position_ids=True"):
         make_model()(**batch)
 
 
@@ -318,7 +318,7 @@ def test_trainers_own_label_smoothing(make_model: Any, rows: Any, tmp_path: Path
     expected = train(make_model(), rows, tmp_path, label_smoothing_factor=0.1)
     found = train(make_model(loss_chunk_size=5, label_smoothing=0.1), rows, tmp_path)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    with pytest.warns(UserWarning, match="loss_chunk_size=5 saves nothing"):
+    with pytest.warns(UserWarning, match="loss_chunk_size=5 has no effect"):
         train(make_model(loss_chunk_size=5), rows, tmp_path, label_smoothing_factor=0.1, max_steps=1)
 
 

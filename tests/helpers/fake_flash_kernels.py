@@ -80,7 +80,7 @@ def varlen(
     causal: bool,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sequences one after another: output ``[total_q, H, D]`` and logsumexp ``[H, total_q]``."""
+    """VarlenPlan one after another: output ``[total_q, H, D]`` and logsumexp ``[H, total_q]``."""
     assert q.ndim == 3, "queries are not [total, heads, head_dim]"
     check_states(q, k, v)
     check_window(window)

@@ -11,12 +11,13 @@ from mistral_hf import MistralConfig, MistralForCausalLM
 from mistral_hf.torch import attention
 from mistral_hf.torch.attention import (
     BandMask,
-    KeyLayout,
     eager_attention_forward,
     make_mask,
     sdpa_attention_forward,
     visible,
 )
+from mistral_hf.torch.sequence_layout import KeyLayout
+from tests.helpers.layouts import layout_of
 
 BACKENDS = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
 
@@ -79,7 +80,12 @@ def test_banded_attention_is_dense_attention(
         for heads, count in ((4, length), (2, kept + length), (2, kept + length))
     ]
     hidden = torch.empty(batch, length, 0)
-    mask = make_mask(backend, hidden, KeyLayout(past, past - kept, kept + length), window, padding, segments)
+    mask = make_mask(
+        backend,
+        hidden,
+        layout_of(KeyLayout(past, past - kept, kept + length), padding, segments),
+        window,
+    )
     assert mask is None or isinstance(mask, BandMask)
     reference_mask = dense_mask(
         window, range(past, past + length), range(past - kept, past + length), padding, segments
@@ -142,7 +148,7 @@ def test_a_mask_of_its_own_for_every_head() -> None:
     ],
 )
 def test_masks_are_made_only_where_needed(length: int, layout: KeyLayout, window: int | None, expected: Any) -> None:
-    mask = make_mask("sdpa", torch.empty(2, length, 0), layout, window)
+    mask = make_mask("sdpa", torch.empty(2, length, 0), layout_of(layout), window)
     kind = {type(None): None, Tensor: "dense", BandMask: "band"}[type(mask)]
     assert kind == expected
     if kind == "dense":

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import Cache
 
 from mistral_hf import MistralConfig, RollingCache
-from mistral_hf.torch.attention import KeyLayout, visible
+from mistral_hf.torch.attention import visible
 from mistral_hf.torch.cache import MAX_SLACK, RollingLayer, StaticRollingLayer
+from mistral_hf.torch.sequence_layout import KeyLayout
 
 ROW = 10_000  # a token's value is ROW * its row's name + its position
 

@@ -17,9 +17,11 @@ from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from mistral_hf import MistralConfig, MistralForCausalLM, RollingCache, cli
 from mistral_hf.torch import flash_kernels
-from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, KeyLayout, make_mask
-from mistral_hf.torch.flash_kernels import KeyRanges, PackageKernels, Sequences, TorchKernels
+from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
+from mistral_hf.torch.flash_kernels import KeyRangePlan, PackageKernels, TorchKernels, VarlenPlan
+from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
+from tests.helpers.layouts import layout_of
 
 NAME = "flash_attention_2"
 KERNELS = {
@@ -287,9 +289,9 @@ def test_plans_are_made_once(kernels: Any) -> None:
     """What the layers of a step need is computed with the first of them."""
     hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
     with torch.no_grad():
-        plan = make_mask(NAME, hidden, KeyLayout(9, 2, 8, 8), 8, torch.ones(2, 10, dtype=torch.bool))
-    assert isinstance(plan, KeyRanges)
-    assert plan.place(2, 8) is plan.place(2, 8)
+        plan = make_mask(NAME, hidden, layout_of(KeyLayout(9, 2, 8, 8), torch.ones(2, 10, dtype=torch.bool)), 8)
+    assert isinstance(plan, KeyRangePlan)
+    assert plan.flat_ranges(2, 8) is plan.flat_ranges(2, 8)
     assert plan.contiguous() is plan
 
 
@@ -311,7 +313,7 @@ def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, pa
     real = torch.arange(query + 1)[None] >= padded
     with torch.no_grad():
         layout = KeyLayout(torch.tensor(query), 0, slots, slots, cached=True)
-        plan = make_mask(NAME, torch.empty(1, 1, 0), layout, window, real if padded else None)
+        plan = make_mask(NAME, torch.empty(1, 1, 0), layout_of(layout, real if padded else None), window)
     if expected[-1] is None:
         assert plan.starts is None
         assert plan.lengths.tolist() == [expected[:1]]
@@ -334,7 +336,7 @@ def test_keys_in_any_layout(layout: str, kernels: Any, exact: None) -> None:
         buffers = [buffer[:1].expand(3, -1, -1, -1) for buffer in buffers]
     query, total = torch.randn(3, 4, 16), buffers[0].shape[2]
     lengths = torch.tensor([[total], [1], [0]], dtype=torch.int32)
-    plan = KeyRanges(torch.zeros_like(lengths), lengths, {})
+    plan = KeyRangePlan(torch.zeros_like(lengths), lengths, {})
     found = kernels.ranges(query, *buffers, plan, 0.25)
     for row, count in enumerate(lengths.flatten().tolist()):
         k, v = (buffer[row, :, :count].transpose(0, 1) for buffer in buffers)
@@ -436,7 +438,7 @@ def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
     model, ids = pair()[0].bfloat16(), torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="cannot return attention weights: choose attn_implementation='eager'"):
         model(ids, output_attentions=True)
-    with pytest.raises(ValueError, match=r"no mask of one's own \(Tensor\)"):
+    with pytest.raises(ValueError, match=r"no custom mask \(Tensor\)"):
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
@@ -463,7 +465,7 @@ def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPa
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     for cache in ("dynamic", "static"):
         assert torch.equal(ours.generate(ids, cache_implementation=cache, **options), eager.generate(ids, **options))
-    with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot leave the padding of cached keys out"):
+    with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot skip the padding of cached keys"):
         ours.generate(ids, attention_mask=padding("left", 11), **options)
 
 
@@ -657,4 +659,4 @@ def test_the_stand_in_is_attention() -> None:
 
 def test_plans_are_of_these_types(kernels: Any) -> None:
     layout = KeyLayout(0, 0, 4)
-    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout, 3), Sequences)
+    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)

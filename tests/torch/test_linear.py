@@ -1,4 +1,4 @@
-"""Products of linear layers: the same values and gradients as the layer's own call, and when that call is made."""
+"""Linear layers: the values and gradients of their own call, when that call is made, and long prompts in pieces."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as plain_linear
 
-from mistral_hf.torch.linear import linear
+from mistral_hf.modeling_mistral import MistralMLP
+from mistral_hf.torch import linear as linear_module
+from mistral_hf.torch.linear import linear, project
 from tests.helpers.operators import Recorder
 
 WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
@@ -179,3 +181,70 @@ def test_a_model_uses_them_and_its_hooks_are_called(make_model: Any, token_ids: 
                 module.register_forward_hook(lambda *args, name=name: names.append(name))
         model(ids)
     assert len(names) == len(set(names)) == 7 * model.config.num_hidden_layers + 1
+
+
+def test_layers_that_read_the_same_states_are_computed_one_by_one() -> None:
+    layers, states = [layer_of(outputs) for outputs in (36, 7, 8)], torch.randn(2, 3, 48)
+    for found, layer in zip(project(states, *layers), layers, strict=True):
+        torch.testing.assert_close(found, layer(states), **WITHIN_ROUNDING)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "PROMPT_PIECE", 4)
+
+
+def lengths_seen_by_transforms(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the length of every input that a feed-forward layer transforms together."""
+    lengths: list[int] = []
+    transform = MistralMLP._transform
+
+    def recorded(mlp: Any, states: Tensor) -> Tensor:
+        lengths.append(states.shape[1])
+        return transform(mlp, states)
+
+    monkeypatch.setattr(MistralMLP, "_transform", recorded)
+    return lengths
+
+
+@pytest.mark.parametrize("length", [4, 5, 8, 11])
+def test_the_feed_forward_layer_takes_a_long_prompt_in_pieces(
+    length: int, make_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make_model(), token_ids(2, length)
+    with torch.no_grad():
+        whole = model(ids).logits
+    monkeypatch.setattr(linear_module, "PROMPT_PIECE", 4)
+    lengths = lengths_seen_by_transforms(model, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole, **WITHIN_ROUNDING)
+    assert max(lengths) == 4
+    assert sum(lengths) == length * model.config.num_hidden_layers
+    lengths.clear()
+    model(ids)  # with gradients
+    assert set(lengths) == {length}
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "act_fn", "down_proj"])
+def test_a_hook_inside_the_feed_forward_layer_sees_the_whole_prompt(
+    name: str, make_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = make_model(), token_ids(2, 11)
+    lengths, shapes = lengths_seen_by_transforms(model, monkeypatch), []
+    module = model.model.layers[0].mlp.get_submodule(name)
+    module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[:2])))
+    with torch.no_grad():
+        model(ids)
+    assert shapes == [(2, 11)]
+    assert lengths == [11, 4, 4, 3]  # the other layer stays in pieces
+
+
+def test_a_hook_keeps_the_activation_that_it_saw(make_model: Any, token_ids: Any) -> None:
+    """What follows does not write into it."""
+    mlp, kept = make_model().model.layers[0].mlp, {}
+    for name in ("gate_proj", "act_fn"):
+        mlp.get_submodule(name).register_forward_hook(lambda *call, name=name: kept.update({name: call[2]}))
+    with torch.no_grad():
+        mlp(torch.randn(2, 3, 32))
+        torch.testing.assert_close(kept["act_fn"], torch.nn.functional.silu(kept["gate_proj"]))

@@ -134,7 +134,7 @@ def test_label_smoothing_is_that_of_the_trainer(count: Any, head: str, make_mode
 def test_training_without_labels_holds_all_logits_and_says_so(make_model: Any, batch: Any) -> None:
     """As Trainer's label_smoothing_factor does, which computes its loss from the logits."""
     model = make_model(loss_chunk_size=4).train()
-    with pytest.warns(UserWarning, match=r"loss_chunk_size=4 saves nothing.*label_smoothing_factor.*label_smoothing"):
+    with pytest.warns(UserWarning, match=r"loss_chunk_size=4 has no effect.*label_smoothing_factor.*label_smoothing"):
         assert model(batch["input_ids"]).logits is not None
 
 

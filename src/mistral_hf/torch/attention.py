@@ -2,7 +2,7 @@
 
 Legend: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, D head_dim, W window.
 
-Queries and keys are numbered by their place in the sequence, padding included. A window of W means that a query sees W
+Queries and keys are numbered by their index in the sequence, padding included. A window of W means that a query sees W
 keys, itself among them (FlashAttention's ``window_size=(W - 1, 0)``); without a window it sees all keys before it.
 """
 
@@ -15,43 +15,15 @@ from torch.nn import functional as F
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from .sequence_layout import KeyLayout, SequenceLayout
+
 BLOCK = 256  # queries per block of banded attention: see benchmarks/results/attention_block.json
 
 
 def visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """The window rule ``query - W < key <= query``, for broadcastable index tensors."""
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
-
-
-class KeyLayout(NamedTuple):
-    """Which tokens the T keys of an attention call are.
-
-    The first `slots` keys lie in slot order, as a rolling buffer holds them; the others are consecutive.
-
-    Attributes:
-        query_start: Index of the first query (a 0-d tensor with a static cache).
-        key_start: Index of the first consecutive key, if all are.
-        length: T.
-        slots: Number of leading keys in slot order.
-        cached: Whether the keys are kept for later queries.
-    """
-
-    query_start: int | Tensor
-    key_start: int
-    length: int
-    slots: int = 0
-    cached: bool = False
-
-    def indices(self, query_length: int, device: torch.device) -> Tensor:
-        """Index of every key ``[T]``; a slot that was never filled gets one behind all queries."""
-        if self.slots == 0:
-            return torch.arange(self.key_start, self.key_start + self.length, device=device)
-        newest = self.query_start + query_length - 1 - (self.length - self.slots)
-        ring = newest - (newest - torch.arange(self.slots, device=device)) % self.slots
-        ring = torch.where(ring < 0, newest + query_length + 1, ring)
-        consecutive = torch.arange(1, self.length - self.slots + 1, device=device) + newest
-        return torch.cat([ring, consecutive])
+    causal = key <= query
+    return causal if window is None else causal & (key > query - window)
 
 
 class BandMask(NamedTuple):
@@ -92,10 +64,8 @@ Mask = Tensor | BandMask | None
 def make_mask(
     implementation: str,
     hidden_states: Tensor,
-    layout: KeyLayout,
+    layout: SequenceLayout,
     window: int | None,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
     weights_wanted: bool = False,
     **library_arguments: Any,
 ) -> Any:
@@ -104,92 +74,100 @@ def make_mask(
     Args:
         implementation: Name in the library's registries.
         hidden_states: ``[B, S, *]``, for its batch, length, dtype and device.
-        layout: Which tokens the keys are.
+        layout: Where the tokens stand.
         window: W, or None.
-        padding: ``[B, total]``, True for real tokens, or None if all are.
-        segments: ``[B, S]``, the number of the packed sequence that a token belongs to (without cached keys only).
-        weights_wanted: The attention weights will be returned, so that the mask must cover all of them.
+        weights_wanted: The attention weights will be returned, so the mask must cover all of them.
         library_arguments: Passed on to a mask function of the library's registry.
 
     Returns:
-        None, a boolean tensor ``[B or 1, 1, S, T]``, a `BandMask` for a long input, or what the library's mask function
-        for `implementation` makes.
+        None, a boolean tensor ``[B or 1, 1, S, T]``, a `BandMask` for a long input, the caller's own mask, or what the
+        mask function of another implementation returns.
     """
-    length = hidden_states.shape[1]
-    if implementation not in ("eager", "sdpa"):
-        make = MASKS.get(implementation, _library_mask)
-        return make(
-            implementation, hidden_states, layout, window, padding, segments, weights_wanted, **library_arguments
-        )
+    if layout.custom_mask is not None or layout.paged:
+        return layout.custom_mask
+    make = MASK_FUNCTIONS.get(implementation, _library_mask)
+    return make(implementation, hidden_states, layout, window, weights_wanted, **library_arguments)
+
+
+def _dense_or_band_mask(
+    implementation: str,
+    hidden_states: Tensor,
+    layout: SequenceLayout,
+    window: int | None,
+    weights_wanted: bool,
+    **library_arguments: Any,
+) -> Mask:
+    """The mask of `eager_attention_forward` and `sdpa_attention_forward`."""
+    length, device = hidden_states.shape[1], hidden_states.device
+    padding, segments, start = layout.padding, layout.segments, layout.keys.query_start
     exporting = torch.compiler.is_exporting()  # an exported program serves all lengths with one dense mask
     unmasked = padding is None and segments is None
-    if unmasked and not exporting and _needs_no_mask(layout, length, window, implementation):
+    if unmasked and not exporting and _needs_no_mask(layout.keys, length, window, implementation):
         return None
-    start = layout.query_start
-    if not (exporting or weights_wanted) and length > BLOCK and layout.slots == 0 and isinstance(start, int):
+    dense = exporting or weights_wanted or length <= BLOCK or layout.keys.slots > 0
+    if not dense and isinstance(start, int):
+        key_start = layout.keys.key_start
         if padding is not None:
-            padding = padding[:, layout.key_start : layout.key_start + layout.length]
-        return BandMask(window, start - layout.key_start, padding, segments)
-    keys = layout.indices(length, hidden_states.device)
-    queries = torch.arange(length, device=hidden_states.device)[:, None] + layout.query_start
+            padding = padding[:, key_start : key_start + layout.keys.length]
+        return BandMask(window, start - key_start, padding, segments)
+    keys = layout.keys.indices(length, device)
+    queries = torch.arange(length, device=device)[:, None] + start
     mask = visible(queries, keys, window)[None, None]
     if padding is not None:
-        mask = mask & _at(padding, keys)[:, None, None, :]
+        mask = mask & _padding_at(padding, keys)[:, None, None, :]
     if segments is not None:
         mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
     return mask
 
 
-def _at(padding: Tensor, keys: Tensor) -> Tensor:
-    """Columns `keys` of a padding mask; an empty slot, whose index lies beyond it, gets any of them."""
+def _padding_at(padding: Tensor, keys: Tensor) -> Tensor:
+    """Columns `keys` of a padding mask; an empty slot, whose index lies beyond it, gets any column."""
     return padding[:, keys.clamp(max=padding.shape[1] - 1)]
 
 
-def _needs_no_mask(layout: KeyLayout, length: int, window: int | None, implementation: str) -> bool:
-    """Whether every query sees every key, or plain causal attention says it all."""
-    if not isinstance(layout.query_start, int):
+def _needs_no_mask(keys: KeyLayout, length: int, window: int | None, implementation: str) -> bool:
+    """Whether every query sees every key, or plain causal attention is all that is needed."""
+    if not isinstance(keys.query_start, int):
         return False
     if length == 1:
-        reach = layout.length if window is None else window
-        return layout.length <= reach and layout.key_start + layout.length == layout.query_start + 1
+        reach = keys.length if window is None else window
+        return keys.length <= reach and keys.key_start + keys.length == keys.query_start + 1
     if implementation == "eager":
         return False
-    return layout.length == length and (window is None or length <= window)
+    return keys.length == length and (window is None or length <= window)
 
 
 def _library_mask(
     implementation: str,
     hidden_states: Tensor,
-    layout: KeyLayout,
+    layout: SequenceLayout,
     window: int | None,
-    padding: Tensor | None,
-    segments: Tensor | None,
     weights_wanted: bool,
     **library_arguments: Any,
 ) -> Any:
     """What the library's own mask function for `implementation` makes of the window rule."""
     if implementation not in AttentionMaskInterface._global_mapping:
         return None
-    query_start, key_start = layout.query_start, layout.key_start
-    keys = None
-    if layout.slots:
-        keys = layout.indices(hidden_states.shape[1], hidden_states.device)
-        padding, key_start = (None if padding is None else _at(padding, keys)), 0
+    keys, padding, segments = layout.keys, layout.padding, layout.segments
+    key_start, indices = keys.key_start, None
+    if keys.slots:
+        indices = keys.indices(hidden_states.shape[1], hidden_states.device)
+        padding, key_start = (None if padding is None else _padding_at(padding, indices)), 0
 
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = visible(query, key if keys is None else keys[key], window)
-        return seen if segments is None else seen & (segments[batch, query] == segments[batch, key])
+        allowed = visible(query, key if indices is None else indices[key], window)
+        return allowed if segments is None else allowed & (segments[batch, query] == segments[batch, key])
 
     batch, length = hidden_states.shape[:2]
     return AttentionMaskInterface._global_mapping[implementation](
         batch_size=batch,
         q_length=length,
-        kv_length=layout.length,
-        q_offset=query_start,
+        kv_length=keys.length,
+        q_offset=keys.query_start,
         kv_offset=key_start,
         mask_function=rule,
         attention_mask=padding,
-        allow_is_causal_skip=segments is None and keys is None,
+        allow_is_causal_skip=segments is None and indices is None,
         local_size=window,
         dtype=hidden_states.dtype,
         device=hidden_states.device,
@@ -330,5 +308,5 @@ ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 
-# What makes the masks of an implementation in place of the library's function, called as `_library_mask`.
-MASKS: dict[str, Callable[..., Any]] = {}
+# Functions that make the mask of an implementation in place of the library's, called as `_library_mask`.
+MASK_FUNCTIONS: dict[str, Callable[..., Any]] = {"eager": _dense_or_band_mask, "sdpa": _dense_or_band_mask}

@@ -2,8 +2,8 @@
 
 Legend: B batch, S queries, T keys, H query heads, K key/value heads, D head_dim, W window, N sequences.
 
-The mask of this implementation is a plan: the bounds that the kernels are told, made once a forward pass and shared by
-all layers. The plan of a decoding step neither copies a buffer nor makes the host wait for the device.
+The mask of this implementation is a plan: the bounds that the kernels take, made once a forward pass and shared by all
+layers. The plan of a decoding step neither copies a buffer nor makes the host wait for the device.
 """
 
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from .attention import ALL_ATTENTION_FUNCTIONS, MASKS, KeyLayout
-from .flash_kernels import NAME, KeyRanges, Sequences, check_model, check_states, find_kernels
+from .attention import ALL_ATTENTION_FUNCTIONS, MASK_FUNCTIONS
+from .flash_kernels import NAME, KeyRangePlan, VarlenPlan, check_model, check_states, find_kernels
+from .sequence_layout import KeyLayout, SequenceLayout
 
 
 def flash_attention_forward(
@@ -28,20 +29,20 @@ def flash_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention through the FlashAttention-2 kernels; arguments as `attention.eager_attention_forward`.
 
-    The mask is a plan of `make_plan`. Under autocast, the states are taken in its dtype.
+    The mask is a plan of `make_flash_plan`. Under autocast, the states are taken in its dtype.
 
     Returns:
         ``[B, S, H, D]``, and None.
 
     Raises:
-        ValueError: The mask is no plan; or dtype, device, heads or dropout are not what the kernels take.
+        ValueError: The mask is not a plan; or dtype, device, heads or dropout are not what the kernels take.
     """
     if kwargs.get("cache") is not None:  # continuous batching keeps the keys of its requests in a paged cache
         paged = AttentionInterface._global_mapping[NAME]
         return paged(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    if not isinstance(attention_mask, Sequences | KeyRanges):
+    if not isinstance(attention_mask, VarlenPlan | KeyRangePlan):
         raise ValueError(
-            f"{NAME} takes no mask of one's own ({type(attention_mask).__name__}): pass a mask [batch, tokens] of the"
+            f"{NAME} takes no custom mask ({type(attention_mask).__name__}): pass a mask [batch, tokens] of the"
             " padding, or choose attn_implementation='sdpa'."
         )
     kernels = find_kernels()
@@ -54,41 +55,44 @@ def flash_attention_forward(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_states(query.dtype, query.shape[3])
-    return attention_mask.attend(kernels, query, key, value, scaling, dropout), None
+    return kernels.attend(attention_mask, query, key, value, scaling, dropout), None
 
 
-def make_plan(
+def make_flash_plan(
     implementation: str,
     hidden_states: Tensor,
-    layout: KeyLayout,
+    layout: SequenceLayout,
     window: int | None,
-    padding: Tensor | None = None,
-    segments: Tensor | None = None,
     weights_wanted: bool = False,
     **library_arguments: Any,
-) -> Sequences | KeyRanges:
+) -> VarlenPlan | KeyRangePlan:
     """The plan of a forward pass; arguments as `attention.make_mask`.
 
     Raises:
-        ValueError: The attention weights are wanted; or there is padding that the kernels cannot leave out: behind
+        ValueError: The attention weights are wanted; or there is padding that the kernels cannot leave out: after
             tokens that stay in a cache, or between tokens that a window counts.
     """
     if weights_wanted:
         raise ValueError(f"{NAME} cannot return attention weights: choose attn_implementation='eager' for them.")
-    batch, length = hidden_states.shape[:2]
-    if padding is not None and layout.cached:
-        _require_left_padding(padding, may_wait=length > 1)
+    (batch, length), device = hidden_states.shape[:2], hidden_states.device
+    keys, padding, segments = layout.keys, layout.padding, layout.segments
+    if padding is not None and keys.cached:
+        _check_left_padding(padding, may_wait=length > 1)
+    # One query a row: ranges of the buffer as it lies. These kernels have no backward pass.
     if length == 1 and not torch.is_grad_enabled():
-        return _key_ranges(batch, layout, window, padding, hidden_states.device)
-    if layout.cached:
-        return _cached_sequences(batch, length, layout, window, padding, hidden_states.device)
+        return _key_ranges(batch, keys, window, padding, device)
+    # Several queries after cached keys.
+    if keys.cached:
+        return _cached_sequences(batch, length, keys, window, padding, device)
+    # No cache and nothing to leave out.
     if padding is None and segments is None:
-        return _whole_rows(batch, length, length, window, hidden_states.device)
-    return _kept_sequences(batch, length, window, padding, segments, hidden_states.device)
+        return _whole_rows(batch, length, length, window, device)
+    # No cache, but padding or packed sequences.
+    return _kept_sequences(batch, length, window, padding, segments, device)
 
 
-def _require_left_padding(padding: Tensor, may_wait: bool) -> None:
-    """Raise for padding behind real tokens; an accelerator asserts it by itself where nothing may wait for it."""
+def _check_left_padding(padding: Tensor, may_wait: bool) -> None:
+    """Raise for padding after real tokens; where the host must not wait for it, an accelerator asserts it instead."""
     if torch.compiler.is_compiling():
         return
     wrong = (padding[:, :-1] & ~padding[:, 1:]).any()
@@ -102,15 +106,15 @@ def _require_left_padding(padding: Tensor, may_wait: bool) -> None:
         raise ValueError(message)
 
 
-def _whole_rows(batch: int, queries: int, keys: int, window: int | None, device: torch.device) -> Sequences:
+def _whole_rows(batch: int, queries: int, keys: int, window: int | None, device: torch.device) -> VarlenPlan:
     """Every row is a sequence, and its queries are the last of its tokens."""
     number = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    return Sequences(number * queries, number * keys, queries, keys, window)
+    return VarlenPlan(number * queries, number * keys, queries, keys, window)
 
 
 def _kept_sequences(
     batch: int, length: int, window: int | None, padding: Tensor | None, segments: Tensor | None, device: torch.device
-) -> Sequences:
+) -> VarlenPlan:
     """Without cached keys: the real tokens alone, every packed segment of a row a sequence."""
     rows = torch.arange(0, batch * length, length, device=device)[:, None].expand(batch, length)
     sequence, kept = (rows if segments is None else rows + segments).flatten(), None
@@ -125,27 +129,27 @@ def _kept_sequences(
         sequence = sequence[kept]
     counts = sequence.unique_consecutive(return_counts=True)[1]
     bounds, longest = nn.functional.pad(counts.cumsum(0), (1, 0)).int(), int(counts.max())
-    return Sequences(bounds, bounds, longest, longest, window, kept)
+    return VarlenPlan(bounds, bounds, longest, longest, window, kept)
 
 
 def _cached_sequences(
-    batch: int, length: int, layout: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
-) -> Sequences:
+    batch: int, length: int, keys: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
+) -> VarlenPlan:
     """Queries after cached keys. A row's padding and empty slots are sequences of their own, without a query."""
-    total, end = layout.length, layout.query_start + length
-    if padding is None and layout.slots == 0 and isinstance(end, int) and layout.key_start + total == end:
+    total, end = keys.length, keys.query_start + length
+    if padding is None and keys.slots == 0 and isinstance(end, int) and keys.key_start + total == end:
         return _whole_rows(batch, length, total, window, device)
-    keys, order = layout.indices(length, device), None
-    if layout.slots:
-        order = keys.argsort()  # the empty slots come last
-        keys = keys[order]
+    indices, order = keys.indices(length, device), None
+    if keys.slots:
+        order = indices.argsort()  # the empty slots come last
+        indices = indices[order]
     first = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else _leading(padding)
-    unseen = (keys < first[:, None]).sum(dim=-1)
-    behind = (keys >= end).sum().expand(batch)
-    none = torch.zeros_like(unseen)
-    return Sequences(
+    before = (indices < first[:, None]).sum(dim=-1)
+    after = (indices >= end).sum().expand(batch)
+    none = torch.zeros_like(before)
+    return VarlenPlan(
         _bounds(none, none + length, none),  # the queries of padding see no key, and get zeros
-        _bounds(unseen, total - unseen - behind, behind),
+        _bounds(before, total - before - after, after),
         max(length, 2),  # 1 would promise the kernels one query of every sequence
         total,
         window,
@@ -164,29 +168,31 @@ def _leading(padding: Tensor) -> Tensor:
 
 
 def _key_ranges(
-    batch: int, layout: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
-) -> KeyRanges:
+    batch: int, keys: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
+) -> KeyRangePlan:
     """The keys that the one query of every row sees, in chronological order or in slots."""
-    query, total = layout.query_start, layout.length
+    query, total = keys.query_start, keys.length
     first = torch.zeros(batch, dtype=torch.long, device=device) if padding is None else _leading(padding)
     if window is not None:
         first = first.clamp(min=query - window + 1)
     count = (query + 1 - first).clamp(0, total)
-    everything = padding is None and (window is None or total <= window)
-    if everything:
+    # Everything that the buffer holds.
+    if padding is None and (window is None or total <= window):
         starts, lengths = None, count
-    elif layout.slots == 0 or window is None:
-        starts, lengths = (first - layout.key_start).clamp(min=0), count
-    else:  # from the first key's slot to the end of the buffer, and from its beginning
+    # One range: the keys are in order, or never wrap around.
+    elif keys.slots == 0 or window is None:
+        starts, lengths = (first - keys.key_start).clamp(min=0), count
+    # Two ranges: from the first key's slot to the end of the buffer, and from its beginning.
+    else:
         starts = first % total
         lengths = torch.minimum(count, total - starts)
         starts = torch.stack([torch.zeros_like(starts), starts], dim=1)
         lengths = torch.stack([count - lengths, lengths], dim=1)
     lengths = lengths.view(batch, -1).int()
-    return KeyRanges(None if starts is None else starts.view(batch, -1).int(), lengths, {})
+    return KeyRangePlan(None if starts is None else starts.view(batch, -1).int(), lengths, {})
 
 
-# What attention implementations ask of a model, given its dtype and head_dim.
-REQUIREMENTS = {NAME: check_model}
+# Checks of a model's dtype and head_dim before an attention implementation is chosen.
+IMPLEMENTATION_CHECKS = {NAME: check_model}
 ALL_ATTENTION_FUNCTIONS[NAME] = flash_attention_forward
-MASKS[NAME] = make_plan
+MASK_FUNCTIONS[NAME] = make_flash_plan

@@ -1,9 +1,9 @@
-"""The kernels of FlashAttention-2 (Dao, 2023): where they come from, what they ask for, and one way to call them.
+"""The kernels of FlashAttention-2 (Dao, 2023): where they come from, what they support, and one way to call them.
 
 Legend: B batch, S queries, T keys, H query heads, K key/value heads, G = H / K, D head_dim, W window, N sequences.
 
-The kernels take no masks, only bounds: `Sequences` for several queries, each row of the batch one sequence or more;
-`KeyRanges` for one query a row, whose keys are read where the rolling buffer has them.
+The kernels take no masks, only bounds: a `VarlenPlan` for several queries, each row of the batch one sequence or more;
+a `KeyRangePlan` for one query a row, whose keys are read where they lie in the rolling buffer.
 """
 
 import importlib
@@ -23,35 +23,15 @@ MAX_HEAD_DIM = 256
 OLDEST_PACKAGE = Version("2.3.0")  # the first with windows
 
 
-class Kernels(ABC):
-    """The FlashAttention-2 kernels of one origin.
-
-    Attributes:
-        name: What they are, for people.
-        device_type: Type of the device that they run on.
-    """
-
-    name: str
-    device_type: str
-
-    @abstractmethod
-    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: "Sequences", scaling: float, dropout: float) -> Tensor:
-        """Causal attention within sequences: queries ``[total, H, D]``, keys and values ``[total, K, D]``."""
-
-    @abstractmethod
-    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: "KeyRanges", scaling: float) -> Tensor:
-        """Attention of queries ``[B, H, D]`` to ranges of the keys and values ``[B, K, T, D]``."""
-
-
-class Sequences(NamedTuple):
+class VarlenPlan(NamedTuple):
     """Several queries a row: which tokens are sequences, aligned by the last query and the last key of each.
 
     Attributes:
         cu_q, cu_k: ``[N + 1]`` int32, where each sequence begins among all queries and keys, and where the last ends.
         max_q, max_k: At least the number of queries and of keys of every sequence.
         window: W, or None.
-        kept: Places of the real tokens in the flattened batch, or None if all rows are taken as they are.
-        order: ``[T]``, the keys of a row in chronological order, or None if they are.
+        kept: Indices of the real tokens in the flattened batch, or None if all rows are taken as they are.
+        order: ``[T]``, the keys of a row in chronological order, or None if they already are.
     """
 
     cu_q: Tensor
@@ -62,58 +42,80 @@ class Sequences(NamedTuple):
     kept: Tensor | None = None
     order: Tensor | None = None
 
-    def attend(
-        self, kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
-        """Map ``[B, H, S, D]`` queries and ``[B, K, T, D]`` keys and values to ``[B, S, H, D]``; padding gets zeros."""
-        batch, heads, length, head_dim = query.shape
-        if self.order is not None:
-            key, value = key[:, :, self.order], value[:, :, self.order]
-        q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-        if self.kept is None:
-            output = kernels.sequences(q, k, v, self, scaling, dropout)
-        else:
-            q, k, v = (states[self.kept] for states in (q, k, v))
-            real = kernels.sequences(q, k, v, self, scaling, dropout)
-            output = real.new_zeros(batch * length, heads, head_dim).index_copy(0, self.kept, real)
-        return output.view(batch, length, heads, head_dim)
 
-
-class KeyRanges(NamedTuple):
-    """One query a row: which keys of the row it sees, as R ranges (1, or 2 where they lie around a buffer's end).
+class KeyRangePlan(NamedTuple):
+    """One query a row: which keys of the row it sees, as R ranges (1, or 2 where they wrap around a buffer's end).
 
     Attributes:
         starts: ``[B, R]`` int32, the first key of each range, ascending in a row; None if all are 0.
         lengths: ``[B, R]`` int32, how many keys each has, possibly none.
-        placed: What `place` made for buffers of some heads and slots.
+        flattened: Results of `flat_ranges`, by heads and slots.
     """
 
     starts: Tensor | None
     lengths: Tensor
-    placed: dict[tuple[int, int], tuple[Tensor, Tensor]]
+    flattened: dict[tuple[int, int], tuple[Tensor, Tensor]]
 
-    def attend(
-        self, kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float
-    ) -> Tensor:
-        """Map ``[B, H, 1, D]`` queries and ``[B, K, T, D]`` keys and values to ``[B, 1, H, D]``."""
-        return kernels.ranges(query[:, :, 0], key, value, self, scaling)[:, None]
-
-    def place(self, heads: int, slots: int) -> tuple[Tensor, Tensor]:
+    def flat_ranges(self, heads: int, slots: int) -> tuple[Tensor, Tensor]:
         """First key and number of keys, both ``[B * K * R]`` int32, of the ranges in a flattened ``[B, K, slots]``."""
-        if (heads, slots) in self.placed:
-            return self.placed[heads, slots]
+        if (heads, slots) in self.flattened:
+            return self.flattened[heads, slots]
         batch = len(self.lengths)
         starts = torch.arange(0, batch * heads * slots, slots, dtype=torch.int32, device=self.lengths.device)
         if self.starts is not None:
             starts = (starts.view(batch, heads, 1) + self.starts[:, None]).flatten()
-        placed = (starts, self.lengths.repeat(1, heads).flatten())
-        if not torch.compiler.is_compiling():  # a compiler finds out by itself that all layers compute the same
-            self.placed[heads, slots] = placed
-        return placed
+        ranges = (starts, self.lengths.repeat(1, heads).flatten())
+        if not torch.compiler.is_compiling():  # a compiler finds common subexpressions of all layers itself
+            self.flattened[heads, slots] = ranges
+        return ranges
 
-    def contiguous(self) -> "KeyRanges":
-        """The plan itself; `generate` asks this of every mask that it hands to a compiled step."""
+    def contiguous(self) -> "KeyRangePlan":
+        """The plan itself; `generate` calls this on every mask that it hands to a compiled step."""
         return self
+
+
+class Kernels(ABC):
+    """The FlashAttention-2 kernels of one provider.
+
+    Attributes:
+        name: For messages.
+        device_type: Type of the device that they run on.
+    """
+
+    name: str
+    device_type: str
+
+    def attend(
+        self,
+        plan: VarlenPlan | KeyRangePlan,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        dropout: float,
+    ) -> Tensor:
+        """Map ``[B, H, S, D]`` queries and ``[B, K, T, D]`` keys and values to ``[B, S, H, D]``; padding gets zeros."""
+        if isinstance(plan, KeyRangePlan):
+            return self.ranges(query[:, :, 0], key, value, plan, scaling)[:, None]
+        batch, heads, length, head_dim = query.shape
+        if plan.order is not None:
+            key, value = key[:, :, plan.order], value[:, :, plan.order]
+        q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+        if plan.kept is None:
+            output = self.sequences(q, k, v, plan, scaling, dropout)
+        else:
+            q, k, v = (states[plan.kept] for states in (q, k, v))
+            real = self.sequences(q, k, v, plan, scaling, dropout)
+            output = real.new_zeros(batch * length, heads, head_dim).index_copy(0, plan.kept, real)
+        return output.view(batch, length, heads, head_dim)
+
+    @abstractmethod
+    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
+        """Causal attention within sequences: queries ``[total, H, D]``, keys and values ``[total, K, D]``."""
+
+    @abstractmethod
+    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
+        """Attention of queries ``[B, H, D]`` to ranges of the keys and values ``[B, K, T, D]``."""
 
 
 def merge(outputs: Tensor, logsumexp: Tensor, lengths: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def merge(outputs: Tensor, logsumexp: Tensor, lengths: Tensor) -> Tensor:
     Args:
         outputs: ``[B, R, H, D]``.
         logsumexp: ``[B, R, H]``, of the scores.
-        lengths: ``[B, R]``; an empty range has no part in the result, which is zero if all are empty.
+        lengths: ``[B, R]``; an empty range does not count, and the result is zero if all are empty.
 
     Returns:
         ``[B, H, D]`` in the dtype of `outputs`.
@@ -145,9 +147,9 @@ class PackageKernels(Kernels):
         self.name, self.device_type = f"flash_attn {version}", device_type
         self.varlen: Callable[..., Any] = module.flash_attn_varlen_func
         self.with_cache: Callable[..., Any] = module.flash_attn_with_kvcache
-        self.knows_starts = "cache_leftpad" in inspect.signature(self.with_cache).parameters
+        self.has_starts = "cache_leftpad" in inspect.signature(self.with_cache).parameters
 
-    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: Sequences, scaling: float, dropout: float) -> Tensor:
+    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
         return self.varlen(
             q,
             k,
@@ -162,11 +164,11 @@ class PackageKernels(Kernels):
             window_size=(-1, -1) if plan.window is None else (plan.window - 1, 0),
         )
 
-    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRanges, scaling: float) -> Tensor:
-        if plan.starts is not None and not self.knows_starts:
+    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
+        if plan.starts is not None and not self.has_starts:
             raise ValueError(
-                f"{self.name} cannot leave the padding of cached keys out (it has no cache_leftpad yet): upgrade it, or"
-                " uninstall it, so that PyTorch's own kernels are used, or generate without padding."
+                f"{self.name} cannot skip the padding of cached keys (it has no cache_leftpad yet): upgrade it, or"
+                " uninstall it to use PyTorch's own kernels, or generate without padding."
             )
         attend = torch.ops.mistral_hf.attend_to_cache if torch.compiler.is_compiling() else self.attend_to_cache
         batch, count = plan.lengths.shape
@@ -207,7 +209,7 @@ class PackageKernels(Kernels):
         return output[:, 0], logsumexp[..., 0]
 
 
-# A compiler cannot look into the package's function, and can keep this operator in its graph.
+# A compiler cannot trace the package's function, but can keep this operator in its graph.
 @library.custom_op("mistral_hf::attend_to_cache", mutates_args=())
 def _attend_to_cache(
     query: Tensor,
@@ -230,7 +232,7 @@ def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 class TorchKernels(Kernels):
-    """The kernels that PyTorch has, in ``torch.nn.attention.varlen``.
+    """The kernels of PyTorch itself, in ``torch.nn.attention.varlen``.
 
     Args:
         module: That module.
@@ -243,9 +245,9 @@ class TorchKernels(Kernels):
         self.with_logsumexp = module.AuxRequest(lse=True)
         parameters = inspect.signature(self.varlen).parameters
         self.grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}  # without it, groups are not checked
-        self.knows_lengths = "seqused_k" in parameters
+        self.has_lengths = "seqused_k" in parameters
 
-    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: Sequences, scaling: float, dropout: float) -> Tensor:
+    def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
         if dropout:
             raise ValueError(
                 f"{self.name} has no dropout: set attention_dropout=0 (it is {dropout}), or install flash_attn."
@@ -254,20 +256,20 @@ class TorchKernels(Kernels):
         bounds = (plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
         return self.varlen(q, k, v, *bounds, scale=scaling, window_size=window, **self.grouped)
 
-    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRanges, scaling: float) -> Tensor:
+    def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
         batch, heads, head_dim = query.shape
         kv_heads, total, count = key.shape[1], key.shape[2], plan.lengths.shape[1]
         keys, slots = _as_rows(key)
         values, _ = _as_rows(value)
-        # Every key/value head is a sequence of its own, so that the buffer is read as it lies.
+        # Every key/value head is a separate sequence, so that the buffer is read as it lies.
         queries = query.view(batch, kv_heads, 1, -1, head_dim).expand(-1, -1, count, -1, -1).flatten(0, 2)
-        starts, lengths = plan.place(kv_heads, slots)
+        starts, lengths = plan.flat_ranges(kv_heads, slots)
         end = starts.new_full((1,), keys.shape[0])
         number = torch.arange(len(starts) + 1, dtype=torch.int32, device=query.device)
-        if self.knows_lengths:
+        if self.has_lengths:
             bounds = (number, torch.cat([starts, end]), 1, total)
             options: dict[str, Any] = {"seqused_k": lengths, **self.grouped}
-        else:  # What lies between the ranges are sequences without a query, for which max_q must not be 1.
+        else:  # The gaps between the ranges are sequences without a query, for which max_q must not be 1.
             edges = torch.stack([starts, starts + lengths], dim=1).flatten()
             bounds = (number.repeat_interleave(2), torch.cat([starts.new_zeros(1), edges, end]), 2, keys.shape[0])
             options = self.grouped
@@ -317,8 +319,8 @@ def _package_kernels() -> Kernels | None:
         return None
     if Version(installed) < OLDEST_PACKAGE:
         raise ImportError(
-            f"flash_attn {installed} is older than {OLDEST_PACKAGE}, the first that has windows: upgrade it, or"
-            " uninstall it, so that PyTorch's own kernels are used."
+            f"flash_attn {installed} is older than {OLDEST_PACKAGE}, the first version with windows: upgrade it, or"
+            " uninstall it to use PyTorch's own kernels."
         )
     return PackageKernels(importlib.import_module("flash_attn"), installed)
 
@@ -331,15 +333,15 @@ def _torch_kernels() -> Kernels | None:
 
 
 def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
-    """Check that a model can run with these kernels.
+    """Check that a model can run with the kernels found here.
 
     Args:
-        dtype: Of its weights, if that is settled.
+        dtype: Of its weights, if it is known.
         head_dim: D.
 
     Raises:
         ImportError: As `find_kernels`.
-        ValueError: The dtype, the heads or the device do not fit.
+        ValueError: The dtype, the heads or the device are not supported.
     """
     kernels = find_kernels()
     if kernels.device_type == "cuda":
@@ -354,6 +356,7 @@ def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
 
 
 def check_states(dtype: torch.dtype | None, head_dim: int) -> None:
+    """Raise `ValueError` for a dtype or a head_dim that the kernels do not support."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
             f"{NAME} computes in float16 and bfloat16 only, not in {dtype}: load the model with dtype='bfloat16', or"

@@ -1,13 +1,13 @@
-"""Losses that honour ``num_items_in_batch``, so that accumulated gradients are those of the large batch.
+"""Losses that use ``num_items_in_batch``, so that accumulated gradients equal those of the large batch.
 
-Where every label is ignored, a loss is 0 with zero gradients, and a warning says so.
+Where every label is ignored, a loss is 0 with zero gradients, and there is a warning.
 
 Legend: B batch, S tokens, N = B * S, E hidden_size, V vocabulary, C classes or regression targets.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
-from .linear import linear
-from .validation import check_range
+from .linear import is_plain_linear, linear
+from .validation import IGNORE_INDEX, check_labels
 
-IGNORE_INDEX = -100
-BLOCK_ELEMENTS = 1 << 22  # logits that are taken to float32 together
+BLOCK_ELEMENTS = 1 << 22  # logits that are converted to float32 together
 
 
 def language_model_loss(
@@ -37,11 +36,11 @@ def language_model_loss(
 
     Args:
         logits: ``[B, S, V]``.
-        labels: ``[B, S]`` token ids; the logits of a place predict the label of the next one.
+        labels: ``[B, S]`` token ids; the logits of a token predict the label of the next one.
         vocab_size: V.
         num_items_in_batch: Number of labels in all batches whose gradients are accumulated; None takes the mean.
-        ignore_index: Label that does not count.
-        shift_labels: ``[B, S]``, the label that each place predicts, in place of `labels`.
+        ignore_index: Label that the loss ignores.
+        shift_labels: ``[B, S]``, the label that each token predicts, in place of `labels`.
         label_smoothing: Share of the target probability that is spread evenly over the vocabulary.
 
     Returns:
@@ -66,21 +65,21 @@ def chunked_language_model_loss(
 ) -> Tensor:
     """`language_model_loss` of ``head(hidden_states)``, with the logits of `chunk_size` tokens at a time.
 
-    A plain linear head gets its gradients in the forward pass, chunk by chunk, so that no logits are computed twice
-    (as in Hsu et al., 2024, Liger Kernel). Any other head (adapted, quantized, sharded, hooked) is called as the module
-    that it is, and once more in the backward pass.
+    A plain linear head gets its gradients in the forward pass, chunk by chunk, so no logits are computed twice (as in
+    Hsu et al., 2024, Liger Kernel). Any other head (adapted, quantized, sharded, hooked) is called as a module, and
+    again in the backward pass.
 
     Args:
         hidden_states: ``[B, S, E]``.
         head: The output layer, E to V.
-        chunk_size: Tokens whose logits exist together.
+        chunk_size: Number of tokens whose logits are in memory together.
         labels, num_items_in_batch, ignore_index, shift_labels, label_smoothing: See `language_model_loss`.
 
     Returns:
         A scalar in at least float32.
 
     Raises:
-        ValueError: `chunk_size` is no positive number, or the labels have another shape than the input.
+        ValueError: `chunk_size` is not positive, or the labels and the input differ in shape.
     """
     if chunk_size < 1:
         raise ValueError(f"loss_chunk_size={chunk_size} must be at least 1 token, or None for all at once.")
@@ -95,7 +94,7 @@ def chunked_language_model_loss(
         logits = linear(head, hidden_states[None])[0]  # [chunk, V]
         return _cross_entropy_sum(logits, targets.to(logits.device), ignore_index, label_smoothing)
 
-    if _is_plain(head, hidden_states):
+    if _takes_gradients_in_forward(head, hidden_states):
         total = _GradientsInForward.apply(loss_of, chunk_size, targets, hidden_states, head.weight)
     else:
         chunks = zip(hidden_states.split(chunk_size), targets.split(chunk_size), strict=True)
@@ -104,35 +103,54 @@ def chunked_language_model_loss(
 
 
 def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """The label that each place of ``[B, S]`` predicts; the last one's is ignored."""
+    """The label ``[B, S]`` that each token predicts; that of the last token is ignored."""
     return F.pad(labels[..., 1:], (0, 1), value=ignore_index)
 
 
-def within_sequences(next_labels: Tensor, position_ids: Tensor) -> Tensor:
-    """Ignore the labels that would be predicted from another sequence, where positions restart (packing).
+def labels_within_sequences(
+    labels: Tensor, position_ids: Tensor | None, attention_mask: Any, shift_labels: Tensor | None
+) -> dict[str, Tensor]:
+    """The keyword ``shift_labels`` of the loss functions, where positions may mark packed sequences.
+
+    A label that would be predicted from another sequence is ignored. Without a mask, positions that restart mark a new
+    sequence, as for attention.
 
     Args:
-        next_labels: ``[B, S]``, the label that each place predicts.
-        position_ids: ``[B or 1, S]``.
+        labels: ``[B, S]``.
+        position_ids: ``[B or 1, S]``, or None.
+        attention_mask: As of the model.
+        shift_labels: ``[B, S]``, the label that each token predicts, if the caller gives it.
+
+    Returns:
+        ``shift_labels`` ``[B, S]``, or nothing if there are no packed sequences.
     """
+    if position_ids is None or attention_mask is not None or position_ids.shape[-1] != labels.shape[-1]:
+        return {}
+    following = next_labels(labels) if shift_labels is None else shift_labels
     ends = F.pad(position_ids.diff(dim=-1) != 1, (0, 1), value=True)
-    return next_labels.masked_fill(ends.to(next_labels.device), IGNORE_INDEX)
+    return {"shift_labels": following.masked_fill(ends.to(following.device), IGNORE_INDEX)}
 
 
-def _is_plain(head: nn.Module, hidden_states: Tensor) -> bool:
-    """Whether gradients are wanted, of a linear layer that is its weight and nothing else."""
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or head.bias is not None:
+def warn_without_labels(loss_chunk_size: int | None) -> None:
+    """Warn where a model in training computes all logits, although its loss is to be computed in chunks."""
+    if loss_chunk_size is not None and torch.is_grad_enabled():
+        warnings.warn(
+            f"loss_chunk_size={loss_chunk_size} has no effect here: without labels, all logits are computed. Trainer"
+            " does not pass the labels on with label_smoothing_factor (set the configuration's label_smoothing"
+            " instead) and with compute_loss_func.",
+            stacklevel=3,
+        )
+
+
+def _takes_gradients_in_forward(head: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether gradients are needed, and the head is its weight and nothing else."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain_linear(head):
         return False
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return False
-    if not (hidden_states.requires_grad or head.weight.requires_grad):
-        return False
-    hooks = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
-    return "forward" not in vars(head) and not any(hooks)
+    return hidden_states.requires_grad or cast(Tensor, head.weight).requires_grad
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """A sum of losses over chunks of rows; the gradients of a chunk are made before the next one begins."""
+    """A sum of losses over chunks of rows; the gradients of a chunk are computed before the next chunk."""
 
     @staticmethod
     def forward(
@@ -145,7 +163,7 @@ class _GradientsInForward(torch.autograd.Function):
     ) -> Tensor:
         precise = torch.promote_types(weight.dtype, torch.float32)
         total = torch.zeros((), dtype=precise, device=hidden_states.device)
-        of_states, of_weight = torch.zeros_like(hidden_states), None
+        grad_states, grad_weight = torch.zeros_like(hidden_states), None
         wanted = ctx.needs_input_grad[3:]
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
@@ -155,21 +173,21 @@ class _GradientsInForward(torch.autograd.Function):
             gradients = list(torch.autograd.grad(loss, [t for t in (states, weight) if t.requires_grad]))
             total += loss.detach()
             if wanted[0]:
-                of_states[rows] = gradients.pop(0)
+                grad_states[rows] = gradients.pop(0)
             if wanted[1]:
                 gradient = gradients[0].to(precise)
-                of_weight = gradient if of_weight is None else of_weight.add_(gradient)
-        ctx.save_for_backward(of_states if wanted[0] else None, of_weight)
+                grad_weight = gradient if grad_weight is None else grad_weight.add_(gradient)
+        ctx.save_for_backward(grad_states if wanted[0] else None, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        of_states, of_weight = ctx.saved_tensors
-        of_states = None if of_states is None else of_states * factor.to(of_states.dtype)
-        of_weight = None if of_weight is None else (of_weight * factor).to(ctx.weight_dtype)
-        return None, None, None, of_states, of_weight
+        grad_states, grad_weight = ctx.saved_tensors
+        grad_states = None if grad_states is None else grad_states * factor.to(grad_states.dtype)
+        grad_weight = None if grad_weight is None else (grad_weight * factor).to(ctx.weight_dtype)
+        return None, None, None, grad_states, grad_weight
 
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
@@ -183,13 +201,13 @@ def _cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int, label
 
 
 def _smoothed(log_probs: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy ``[N]`` with targets of which a share is spread evenly over the classes."""
+    """Cross-entropy ``[N]`` with a share of the target probability spread evenly over the classes."""
     loss = -log_probs.gather(1, targets[:, None])[:, 0]
     return loss if not label_smoothing else (1 - label_smoothing) * loss - label_smoothing * log_probs.mean(dim=-1)
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """A sum of cross-entropies that keeps the logits and one number a row; their gradient is the only other copy."""
+    """A sum of cross-entropies that saves the logits and one number a row; their gradient is the only other copy."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, kept: Tensor, label_smoothing: float) -> Tensor:
@@ -208,39 +226,39 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, kept, normalizer = ctx.saved_tensors
-        of_logits, spread = torch.empty_like(logits), ctx.label_smoothing / logits.shape[1]
+        grad_logits, spread = torch.empty_like(logits), ctx.label_smoothing / logits.shape[1]
         factors, one = (factor * kept)[:, None], torch.ones_like(normalizer)[:, None]
         for rows in _blocks_of_rows(logits):
             gradient = (logits[rows].to(normalizer.dtype) - normalizer[rows, None]).exp_()
             gradient.scatter_add_(1, targets[rows, None], one[rows] * (ctx.label_smoothing - 1))
-            of_logits[rows] = gradient.sub_(spread).mul_(factors[rows])
-        return of_logits, None, None, None
+            grad_logits[rows] = gradient.sub_(spread).mul_(factors[rows])
+        return grad_logits, None, None, None
 
 
 def _blocks_of_rows(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows that together are all."""
+    """Slices that cover all rows."""
     count = max(1, BLOCK_ELEMENTS // logits.shape[1])
     return (slice(start, start + count) for start in range(0, len(logits), count))
 
 
 def _mean(total: Tensor, kept: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """The sum of the losses over their number, or over that of the accumulated batches.
+    """The sum of the losses divided by their number, or by that of the accumulated batches.
 
-    A loss of nothing is 0; the warning reads one value, for which the host waits.
+    The loss is 0 where all labels are ignored; the warning reads one value, for which the host waits.
     """
     count: Any = kept.sum()
     if not (torch.compiler.is_compiling() or count.is_meta or count):
         warnings.warn(
-            f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0 and nothing is learnt from it. If that"
-            " is not meant, check the collator, the truncation and the masking of prompts.",
+            f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this"
+            " is not intended, check the collator, the truncation and the masking of prompts.",
             stacklevel=2,
         )
     if num_items_in_batch is not None:
-        count = _on(total.device, num_items_in_batch)
+        count = _to_device(total.device, num_items_in_batch)
     return total / (count + (count == 0))
 
 
-def _on(device: torch.device, count: Tensor | int) -> Any:
+def _to_device(device: torch.device, count: Tensor | int) -> Any:
     return count.to(device) if isinstance(count, Tensor) else count
 
 
@@ -251,7 +269,7 @@ def token_classification_loss(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Cross-entropy of ``[B, S, C]`` logits and ``[B, S]`` class ids, -100 for those that do not count."""
+    """Cross-entropy of ``[B, S, C]`` logits and ``[B, S]`` class ids, -100 where it ignores them."""
     targets = labels.reshape(-1).to(logits.device)
     total = _cross_entropy_sum(logits.reshape(-1, config.num_labels), targets, IGNORE_INDEX)
     return _mean(total, targets != IGNORE_INDEX, num_items_in_batch)
@@ -265,15 +283,15 @@ def question_answering_loss(
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Mean of the cross-entropies of an answer's two ends; ``[B, S]`` logits, ``[B]`` places.
+    """Mean of the cross-entropies of an answer's two ends; ``[B, S]`` logits, ``[B]`` positions.
 
-    A place outside of the input is ignored.
+    A position outside the input is ignored.
     """
     losses = []
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        places = positions.reshape(-1).to(logits.device)
-        outside = (places < 0) | (places >= logits.shape[1])
-        total = _cross_entropy_sum(logits, places.masked_fill(outside, IGNORE_INDEX), IGNORE_INDEX)
+        targets = positions.reshape(-1).to(logits.device)
+        outside = (targets < 0) | (targets >= logits.shape[1])
+        total = _cross_entropy_sum(logits, targets.masked_fill(outside, IGNORE_INDEX), IGNORE_INDEX)
         losses.append(_mean(total, ~outside, num_items_in_batch))
     return (losses[0] + losses[1]) / 2
 
@@ -318,15 +336,4 @@ def sequence_classification_loss(
     criterion = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
     if num_items_in_batch is None:
         return criterion(pooled_logits, labels)
-    return criterion(pooled_logits, labels, reduction="sum") / _on(pooled_logits.device, num_items_in_batch)
-
-
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Check that labels are class ids or -100 (ignored).
-
-    Labels on an accelerator are checked there, without waiting for it.
-
-    Raises:
-        ValueError: A label lies outside the classes.
-    """
-    check_range("labels", labels, num_classes, "class ids, or -100 for what the loss ignores", labels == IGNORE_INDEX)
+    return criterion(pooled_logits, labels, reduction="sum") / _to_device(pooled_logits.device, num_items_in_batch)

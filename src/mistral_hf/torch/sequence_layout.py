@@ -1,31 +1,125 @@
-"""Which places in their texts the tokens of a forward pass have: positions, padding, cached keys and packed sequences.
+"""Where the tokens of a forward pass stand: their positions, padding, packed sequences, and cached keys.
 
-Legend: B batch, S new tokens, N sequences in a row.
+Legend: B batch, S new tokens, T keys, N packed sequences in a row.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .attention import KeyLayout
 from .cache import RollingCache
 
 
-def key_layout(cache: Cache | None, length: int) -> KeyLayout:
-    """Which tokens the keys of the next attention call are."""
-    if cache is None:
-        return KeyLayout(0, 0, length)
-    query_start = cache.get_seq_length()
-    total, key_start = cache.get_mask_sizes(length, 0)
-    slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
-    if isinstance(query_start, Tensor) and length > 1 and slots == 0 and not torch.compiler.is_compiling():
-        query_start = int(query_start)
-    return KeyLayout(query_start, key_start, total, slots, cached=True)
+class KeyLayout(NamedTuple):
+    """Which tokens the T keys of an attention call are.
+
+    Queries and keys are numbered by their index in the sequence, padding included. The first `slots` keys lie in slot
+    order, as a rolling buffer holds them; the others are consecutive.
+
+    Attributes:
+        query_start: Index of the first query (a 0-d tensor with a static cache).
+        key_start: Index of the first consecutive key, if all are.
+        length: T.
+        slots: Number of leading keys in slot order.
+        cached: Whether the keys are kept for later queries.
+    """
+
+    query_start: int | Tensor
+    key_start: int
+    length: int
+    slots: int = 0
+    cached: bool = False
+
+    @classmethod
+    def of(cls, cache: Cache | None, length: int) -> "KeyLayout":
+        """The keys that `cache` will return for `length` new tokens; those of the tokens themselves without a cache."""
+        if cache is None:
+            return cls(0, 0, length)
+        query_start = cache.get_seq_length()
+        total, key_start = cache.get_mask_sizes(length, 0)
+        slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
+        if isinstance(query_start, Tensor) and length > 1 and slots == 0 and not torch.compiler.is_compiling():
+            query_start = int(query_start)
+        return cls(query_start, key_start, total, slots, cached=True)
+
+    def indices(self, query_length: int, device: torch.device) -> Tensor:
+        """Index of every key ``[T]``; a slot that was never filled gets one after all queries."""
+        if self.slots == 0:
+            return torch.arange(self.key_start, self.key_start + self.length, device=device)
+        newest = self.query_start + query_length - 1 - (self.length - self.slots)
+        ring = newest - (newest - torch.arange(self.slots, device=device)) % self.slots
+        ring = torch.where(ring < 0, newest + query_length + 1, ring)
+        consecutive = torch.arange(1, self.length - self.slots + 1, device=device) + newest
+        return torch.cat([ring, consecutive])
 
 
-def real_tokens(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -> Tensor | None:
+class SequenceLayout(NamedTuple):
+    """Where each new token of a forward pass stands.
+
+    Attributes:
+        keys: Which tokens the keys of its attention calls are.
+        positions: ``[B or 1, S]``. By default, the first real token of a row has position 0.
+        padding: ``[B, total]``, True for real tokens, or None if all are.
+        segments: ``[B, S]``, the number of the packed sequence that a token belongs to, or None if there are no packed
+            sequences (while compiling, also given where a row may have only one).
+        custom_mask: A mask given by the caller in place of ``[B, total]``, for the attention function as it is.
+        paged: Whether the keys lie in the paged cache of continuous batching, whose kernels need no mask.
+    """
+
+    keys: KeyLayout
+    positions: Tensor
+    padding: Tensor | None = None
+    segments: Tensor | None = None
+    custom_mask: Any = None
+    paged: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        inputs_embeds: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        *,
+        needs_positions: bool = False,
+        **kwargs: Any,
+    ) -> "SequenceLayout":
+        """The layout of a call of the model.
+
+        Args:
+            inputs_embeds: ``[B, S, *]``, for its batch, length and device.
+            attention_mask, position_ids, past_key_values: As of the model.
+            needs_positions: Whether packed sequences are told apart by their positions alone.
+            **kwargs: As of the model: ``cu_seq_lens_q`` ``[N + 1]``, the bounds of N sequences packed into one row;
+                ``seq_idx``; and ``cache``, the paged cache of continuous batching.
+
+        Raises:
+            ValueError: The mask does not cover the tokens, or lets packed sequences see each other; or packed sequences
+                have no positions.
+        """
+        batch, length = inputs_embeds.shape[:2]
+        keys = KeyLayout.of(past_key_values, length)
+        if position_ids is None and needs_positions:
+            _check_no_packing(kwargs)
+        segments = _packed_segments(position_ids, attention_mask, past_key_values, batch)
+        if segments is None and position_ids is None:
+            segments = _segments_between(kwargs.get("cu_seq_lens_q"), inputs_embeds)
+        custom = attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4)
+        padding = None if custom else _padding(attention_mask, keys.query_start, inputs_embeds)
+        if position_ids is None:
+            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
+        paged = kwargs.get("cache") is not None
+        return cls(keys, position_ids, padding, segments, attention_mask if custom else None, paged)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether rows are known to hold several sequences, which a cache could not continue."""
+        return self.segments is not None and not torch.compiler.is_compiling()
+
+
+def _padding(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -> Tensor | None:
     """The boolean form of a 2-d mask, or None if it masks nothing."""
     if attention_mask is None:
         return None
@@ -48,8 +142,8 @@ def real_tokens(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor
     return real
 
 
-def positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
-    """Positions of the new tokens, ``[B or 1, S]``: a row's first real token has position 0."""
+def _positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
+    """Positions of the new tokens, ``[B or 1, S]``: the first real token of a row has position 0."""
     length, device = inputs_embeds.shape[1], inputs_embeds.device
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         before = attention_mask.to(device).ne(0).int().argmax(dim=-1, keepdim=True)
@@ -59,13 +153,15 @@ def positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -
     return (torch.arange(length, device=device) + start)[None]
 
 
-def packed_segments(position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, batch: int) -> Tensor | None:
+def _packed_segments(
+    position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, batch: int
+) -> Tensor | None:
     """Number of the packed sequence of every token, ``[B, S]``, or None if no row has more than one."""
     if position_ids is None or cache is not None or position_ids.shape[-1] == 1:
         return None
     if attention_mask is not None:
         if isinstance(attention_mask, Tensor) and attention_mask.shape == (batch, position_ids.shape[-1]):
-            _require_one_sequence(position_ids, attention_mask.bool())
+            _check_one_sequence(position_ids, attention_mask.bool())
         return None
     segments = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
     if not torch.compiler.is_compiling() and not segments[:, -1].any():
@@ -73,7 +169,7 @@ def packed_segments(position_ids: Tensor | None, attention_mask: Any, cache: Cac
     return segments.expand(batch, -1)
 
 
-def flattened_segments(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
+def _segments_between(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
     """The same from the bounds ``[N + 1]`` of N sequences in one row, for attention that needs no positions for it."""
     if bounds is None:
         return None
@@ -83,26 +179,27 @@ def flattened_segments(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor |
     return torch.bucketize(torch.arange(length, device=bounds.device), bounds[1:], right=True)[None]
 
 
-def require_positions(keywords: dict[str, Any]) -> None:
-    """What a collator says about packed sequences is of no use to masks unless positions restart."""
+def _check_no_packing(keywords: dict[str, Any]) -> None:
+    """Masks cannot tell packed sequences apart by what a collator says of them, only by positions that restart."""
     for name in ("cu_seq_lens_q", "seq_idx"):
         if keywords.get(name) is not None:
             raise ValueError(
-                f"{name} says that sequences are packed, but there are no position_ids, without which they would see"
-                " each other: let the collator return them (DataCollatorWithFlattening(return_position_ids=True))."
+                f"{name} marks packed sequences, but there are no position_ids, without which they would see each"
+                " other: let the collator return them (DataCollatorWithFlattening(return_position_ids=True))."
             )
 
 
-def _require_one_sequence(position_ids: Tensor, real: Tensor) -> None:
-    """Under a 2-d mask, all real tokens of a row see each other, so that their positions must not restart."""
+def _check_one_sequence(position_ids: Tensor, real: Tensor) -> None:
+    """Under a 2-d mask, all real tokens of a row see each other, so their positions must not restart."""
     if torch.compiler.is_compiling():
         return
-    places = position_ids.to(real.device).expand(real.shape).masked_fill(~real, -1)
-    restarts = real[:, 1:] & (places[:, 1:] <= places.cummax(dim=-1).values[:, :-1])
+    positions = position_ids.to(real.device).expand(real.shape).masked_fill(~real, -1)
+    restarts = real[:, 1:] & (positions[:, 1:] <= positions.cummax(dim=-1).values[:, :-1])
     if restarts.any():
-        row, place = restarts.nonzero()[0].tolist()
+        row, index = restarts.nonzero()[0].tolist()
         raise ValueError(
-            f"position_ids[{row}, {place + 1}] restarts at {places[row, place + 1].item()}, as in packed sequences, but"
-            " the attention_mask lets these see each other. Pack without an attention_mask (DataCollatorWithFlattening,"
-            " or TRL's packing and padding_free), or leave out position_ids if a row is one sequence."
+            f"position_ids[{row}, {index + 1}] restarts at {positions[row, index + 1].item()}, as in packed sequences,"
+            " but the attention_mask lets these see each other. Pack without an attention_mask"
+            " (DataCollatorWithFlattening, or TRL's packing and padding_free), or leave out position_ids if a row is"
+            " one sequence."
         )

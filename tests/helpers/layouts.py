@@ -1,0 +1,10 @@
+"""Layouts of sequences for masks, which do not depend on positions."""
+
+import torch
+from torch import Tensor
+
+from mistral_hf.torch.sequence_layout import KeyLayout, SequenceLayout
+
+
+def layout_of(keys: KeyLayout, padding: Tensor | None = None, segments: Tensor | None = None) -> SequenceLayout:
+    return SequenceLayout(keys, torch.empty(0), padding, segments)
