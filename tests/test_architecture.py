@@ -150,6 +150,25 @@ def test_the_walk_finds_imports_of_all_forms(tmp_path: Path) -> None:
     assert imported(path, tmp_path) == {"a.b", "c.d", "k"} | inner
 
 
+SPECIAL_CASES = {"is_cpu", "is_cuda", "is_grad_enabled", "is_compiling", "is_exporting", "is_autocast_enabled"}
+CONDITIONS = {"shape", "size", "numel", "dtype", "device"}
+
+
+def special_cases(source: str) -> set[str]:
+    """Names in a program that ask for a device, gradients or compilation, or branch on a dtype, a device or a shape."""
+    nodes = list(ast.walk(ast.parse(source)))
+    tests = [node.test for node in nodes if isinstance(node, ast.If | ast.IfExp | ast.While)]
+    asked = {node.attr for node in nodes if isinstance(node, ast.Attribute)} & SPECIAL_CASES
+    inner = [node for test in tests for node in ast.walk(test)]
+    return asked | {node.attr for node in inner if isinstance(node, ast.Attribute)} & CONDITIONS
+
+
+def test_the_model_has_no_branch_on_a_device_dtype_length_gradient_or_compilation() -> None:
+    assert special_cases((SOURCE / "modeling_mistral.py").read_text(encoding="utf-8")) == set()
+    for line in ("if x.is_cpu: pass", "y = x if x.shape[1] == 1 else z", "a = torch.is_grad_enabled() and b"):
+        assert special_cases(line)
+
+
 def test_contributing_shows_the_rules() -> None:
     """The table under "Architecture" has a row for every package, with what it may import."""
     text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")

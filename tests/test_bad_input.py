@@ -92,7 +92,7 @@ def test_ids_that_are_not_integers(make_model: Any) -> None:
 def test_a_cache_of_another_batch(make_model: Any, token_ids: Any) -> None:
     model = make_model()
     cache = model(token_ids(2, 5)).past_key_values
-    with pytest.raises(ValueError, match="cache holds 2 sequences, but 3 came in"):
+    with pytest.raises(ValueError, match="cache holds 2 sequences, but the input has 3"):
         model(token_ids(3, 1), past_key_values=cache)
 
 

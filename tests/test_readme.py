@@ -4,6 +4,7 @@ import configparser
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,13 +76,11 @@ def test_registration_goes_back_and_forth(first_snippet, capsys, registered):
     ]
 
 
-def test_continuous_integration_runs_the_commands():
-    script = (ROOT / ".ci/run").read_text().splitlines()
-    install, generate = COMMANDS[0].split(" && ")
-    test = next(command for command in COMMANDS if command.startswith("pytest"))
-    assert generate in script
-    assert test in script
-    assert install.replace("pip install", "pip install -q") in script
+def test_continuous_integration_runs_the_first_two_commands():
+    printed = subprocess.run(["bash", ROOT / ".ci/run", "commands"], capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines() == COMMANDS[:2]
+    assert COMMANDS[0].startswith("pip install ")
+    assert COMMANDS[1].startswith("pytest ")
 
 
 def test_extras_exist():

@@ -197,3 +197,15 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
         "trl",
     }
     assert packages & heavy == set()
+
+
+def test_the_packages_are_attributes_without_a_second_import() -> None:
+    code = """
+import sys
+import mistral_hf
+print("mistral_hf.convert" in sys.modules, "mistral_hf.chat" in sys.modules)
+print(mistral_hf.convert.convert_raw_to_hf.__module__, mistral_hf.chat.get_chat_template.__module__)
+"""
+    before, after = run_python(code).splitlines()[-2:]
+    assert before == "False False"
+    assert after == "mistral_hf.convert.folders mistral_hf.chat.template"

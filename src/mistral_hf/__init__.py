@@ -1,6 +1,7 @@
 """Mistral for Hugging Face Transformers: importing this package registers it for ``model_type: "mistral"``.
 
-Without PyTorch, nothing is registered; the configuration, the conversion and the JAX and TensorFlow ports work.
+Without PyTorch, nothing is registered; the configuration, the conversion and the JAX and TensorFlow ports work. Public
+names and the packages `chat` and `convert` are imported when they are used.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ from .bundled import BUNDLED_CHECKPOINT
 from .configuration_mistral import MistralConfig
 
 if TYPE_CHECKING:
+    from . import chat, convert
     from .chat import encode_conversation, get_chat_template, validate_conversation
     from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
     from .modeling_mistral import (
@@ -40,6 +42,8 @@ __all__ = [
     "TFMistralForCausalLM",
     "TFMistralForSequenceClassification",
     "TFMistralModel",
+    "chat",
+    "convert",
     "encode_conversation",
     "get_chat_template",
     "register",
@@ -64,14 +68,13 @@ _HOMES = {
     "registration": ("register", "unregister"),
     "torch.cache": ("RollingCache",),
 }
-_EXTRAS: dict[str, str] = {
-    "modeling_flax_mistral": "flax",
-    "modeling_tf_mistral": "tf",
-}
-"""The extra of setup.cfg that brings what a module imports."""
+# The extra of setup.cfg that installs the imports of a module.
+_EXTRAS = {"modeling_flax_mistral": "flax", "modeling_tf_mistral": "tf"}
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("chat", "convert"):
+        return import_module(f".{name}", __name__)
     home = next((module for module, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

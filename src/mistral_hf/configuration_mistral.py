@@ -29,24 +29,24 @@ class MistralConfig(PreTrainedConfig):
         num_hidden_layers: Number of decoder layers.
         num_attention_heads: Number of query heads.
         num_key_value_heads: Number of key/value heads; it divides `num_attention_heads` (None: equal to it).
-        head_dim: Width of a head, even (None: `hidden_size // num_attention_heads`).
+        head_dim: Width of a head, even (None: ``hidden_size // num_attention_heads``).
         hidden_act: Activation of the gate, by its name in Transformers.
-        max_position_embeddings: Longest sequence that the model was made for, in tokens.
+        max_position_embeddings: Longest sequence that the model was trained for, in tokens.
         initializer_range: Standard deviation of freshly initialised weights.
         rms_norm_eps: Epsilon of the RMS normalisations.
         use_cache: Whether forward returns a key/value cache unless told otherwise.
-        pad_token_id: Id of the padding token, if there is one.
+        pad_token_id: Id of the padding token, or None.
         bos_token_id: Id of the token that begins a sequence.
         eos_token_id: Id, or ids, of the token that ends a sequence.
         tie_word_embeddings: Whether the output layer shares the input embeddings' weights.
-        rope_parameters: `rope_type`, `rope_theta` and the fields of the type, as in Transformers 5. The top-level
-            `rope_theta` and `rope_scaling` of older files are read too.
+        rope_parameters: ``rope_type``, ``rope_theta`` and the fields of the type, as in Transformers 5. The top-level
+            ``rope_theta`` and ``rope_scaling`` of older files are read too.
         sliding_window: W, the number of keys a query sees, itself among them; None is full causal attention.
         attention_dropout: Dropout probability of the attention weights while training.
-        loss_chunk_size: With labels, compute the language-model loss from the logits of so many tokens at a time and
-            return no logits; None returns all of them. It is written to a file only if it is set.
+        loss_chunk_size: With labels, compute the language-model loss from the logits of that many tokens at a time and
+            return no logits; None returns all of them. Written to a file only if it is set.
         label_smoothing: Share of the target probability that the language-model loss spreads evenly over the
-            vocabulary. It is written to a file only if it is not 0.
+            vocabulary. Written to a file only if it is not 0.
 
     Raises:
         ValueError: A field breaks a rule; the message names the field, the value and the rule.
@@ -123,7 +123,7 @@ class MistralConfig(PreTrainedConfig):
         return cast(str, self.problem_type)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, those that only this package has where they are set: others read the same file."""
+        """All fields; those that only this package has are left out unless set, since others read the file too."""
         own = {"loss_chunk_size": None, "label_smoothing": 0.0}
         return {name: value for name, value in super().to_dict().items() if name not in own or value != own[name]}
 
@@ -135,41 +135,41 @@ class MistralConfig(PreTrainedConfig):
         """
         heads, kv_heads, head_dim = self.num_attention_heads, self.num_key_value_heads or 0, self.head_dim or 0
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        self._require("num_hidden_layers", self.num_hidden_layers >= 0, "must not be negative")
-        self._require("max_position_embeddings", self.max_position_embeddings >= 1, "must be at least 1")
-        self._require(
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        self._check("num_hidden_layers", self.num_hidden_layers >= 0, "must not be negative")
+        self._check("max_position_embeddings", self.max_position_embeddings >= 1, "must be at least 1")
+        self._check(
             "num_attention_heads",
             heads % kv_heads == 0,
             f"must be divisible by num_key_value_heads={kv_heads}",
         )
-        self._require("head_dim", head_dim >= 2 and head_dim % 2 == 0, "must be even and at least 2 (RoPE)")
-        self._require(
+        self._check("head_dim", head_dim >= 2 and head_dim % 2 == 0, "must be even and at least 2 (RoPE)")
+        self._check(
             "sliding_window",
             self.sliding_window is None or self.sliding_window >= 1,
             "must be at least 1, or null for full attention",
         )
-        self._require("rms_norm_eps", self.rms_norm_eps > 0, "must be positive")
-        self._require("attention_dropout", 0 <= self.attention_dropout < 1, "must lie in [0, 1)")
-        self._require(
+        self._check("rms_norm_eps", self.rms_norm_eps > 0, "must be positive")
+        self._check("attention_dropout", 0 <= self.attention_dropout < 1, "must lie in [0, 1)")
+        self._check(
             "loss_chunk_size",
             self.loss_chunk_size is None or self.loss_chunk_size >= 1,
             "must be at least 1 token, or None for all at once",
         )
-        self._require("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
-        self._require("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
-        self._require_uniform_layers()
+        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
+        self._check("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
+        self._check_uniform_layers()
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
+    def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ValueError(f"MistralConfig: {name}={getattr(self, name)!r} {rule}.")
 
-    def _require_uniform_layers(self) -> None:
+    def _check_uniform_layers(self) -> None:
         layer_types = getattr(self, "layer_types", None)
         expected = "full_attention" if self.sliding_window is None else "sliding_attention"
         if layer_types is not None and any(layer_type != expected for layer_type in layer_types):
             raise ValueError(
-                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, as every layer of a Mistral"
-                f" model has the one sliding_window={self.sliding_window}. Alternating layers are the Ministral"
+                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, since all layers of a Mistral"
+                f" model have the same sliding_window={self.sliding_window}. Alternating layers are the Ministral"
                 " architecture: load such a checkpoint through AutoModel, or set model_type to 'ministral'."
             )

@@ -1,4 +1,4 @@
-"""Who answers for ``model_type: "mistral"`` in the library's Auto classes; the only file that touches them."""
+"""Registers our classes for ``model_type: "mistral"``; the only module that touches the Auto classes."""
 
 from transformers import (
     AutoConfig,
@@ -29,10 +29,10 @@ MODEL_CLASSES = {
 
 
 def register() -> None:
-    """Let the Auto classes resolve Mistral checkpoints to this package; doing it again changes nothing.
+    """Make the Auto classes resolve Mistral checkpoints to this package; a second call changes nothing.
 
     Raises:
-        RuntimeError: The library accepted the registration, but still resolves to another class.
+        RuntimeError: The library accepts the registration, but still resolves to another class.
     """
     AutoConfig.register("mistral", MistralConfig, exist_ok=True)
     for auto_class, model_class in MODEL_CLASSES.items():
@@ -42,13 +42,13 @@ def register() -> None:
             unregister()
             raise RuntimeError(
                 f"{name} resolves model_type 'mistral' to {found.__module__}.{found.__qualname__} instead of"
-                f" {expected.__module__}.{expected.__qualname__}, although that was registered. This release of"
-                " transformers ignores the registration; install one that mistral_hf was tested with."
+                f" {expected.__module__}.{expected.__qualname__}, although that is registered. This release of"
+                " transformers ignores the registration; install a release that mistral_hf was tested with."
             )
 
 
 def unregister() -> None:
-    """Give Mistral checkpoints back to the library's own classes; doing it again changes nothing."""
+    """Return Mistral checkpoints to the library's own classes; a second call changes nothing."""
     CONFIG_MAPPING._extra_content.pop("mistral", None)
     for auto_class in MODEL_CLASSES:
         auto_class._model_mapping._extra_content.pop(MistralConfig, None)

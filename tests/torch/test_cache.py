@@ -260,7 +260,7 @@ class ByteCounter(torch.utils._python_dispatch.TorchDispatchMode):
 def test_another_batch_is_refused_until_reset() -> None:
     layer = RollingLayer(8)
     layer.update(states([0, 1], 0, 3), states([0, 1], 0, 3))
-    with pytest.raises(ValueError, match=r"holds 2 sequences, but 3 came in"):
+    with pytest.raises(ValueError, match=r"holds 2 sequences, but the input has 3"):
         layer.update(states([0, 1, 2], 3, 1), states([0, 1, 2], 3, 1))
     layer.reset()
     layer.update(states([0, 1, 2], 0, 1), states([0, 1, 2], 0, 1))

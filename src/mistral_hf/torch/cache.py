@@ -8,8 +8,8 @@ one decoding step:
     prompt   positions 0 1 2 3 4 5 -> slots  0 1 2 3      holds positions 4 5 2 3
     decode   position  6           -> slot   2            holds positions 4 5 6 3: exactly those that query 6 sees
 
-One query reads the buffer as it lies, since attention does not care about the order of keys. Several queries get
-the old window and all new keys in chronological order, and the new keys are stored afterwards.
+One query reads the buffer as it lies, since attention does not depend on the order of keys. Several queries get the old
+window and all new keys in chronological order, and the new keys are stored afterwards.
 """
 
 from collections.abc import Iterable, Iterator
@@ -21,14 +21,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 MIN_SLOTS = 64  # the first allocation, in tokens
-MAX_SLACK = 1024  # tokens beyond the window that stay recoverable while the past is recorded
+MAX_SLACK = 1024  # tokens beyond the window that can be restored while the past is recorded
 STATIC_BUCKET = 256  # smallest preallocated buffer, in tokens; larger ones are powers of two
 
 
 class RollingLayer(CacheLayerMixin):
     """One layer's keys and values, at most W tokens of them, or all with ``sliding_window=None``.
 
-    The buffer is small at first and doubles until it has W slots; from then on it never changes.
+    The buffer starts small and doubles until it has W slots; then its size never changes.
 
     Args:
         sliding_window: W, in tokens, or None for full attention.
@@ -42,7 +42,7 @@ class RollingLayer(CacheLayerMixin):
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.cumulative_length = 0
-        self.oldest = 0  # the first position whose slot has not been written over
+        self.oldest = 0  # the first position whose slot has not been overwritten
         self.record_past = False
         self.unconfirmed = 0  # tokens stored since the last crop, while the past is recorded
 
@@ -62,31 +62,35 @@ class RollingLayer(CacheLayerMixin):
         """Store ``[B, K, N, D]`` new keys and values, and return those that the new queries attend to.
 
         Returns:
-            Keys and values ``[B, K, T, D]``, with T as `get_mask_sizes` told: for one query the buffer itself, in slot
-            order once it has wrapped; for several, the old window and the new tokens in chronological order.
+            Keys and values ``[B, K, T, D]``, with T as returned by `get_mask_sizes`: for one query the buffer itself,
+            in slot order once it has wrapped; for several, the old window and the new tokens in chronological order.
 
         Raises:
-            ValueError: The batch size is not that of the stored tokens.
+            ValueError: The batch size differs from that of the stored tokens.
         """
         self._check_batch(key_states)
         if not self.is_initialized or (self.cumulative_length == 0 and self.keys.shape[0] != key_states.shape[0]):
             self.lazy_initialization(key_states, value_states)
         count, start = key_states.shape[2], self.cumulative_length
-        seen = self._first_visible(start)
+        first_visible = self._first_visible(start)
         self._reserve(count)
-        if count == 1 or start + count - seen <= self.slots:
+        # The new tokens see nothing older: they are returned as they came.
+        if first_visible == start:
             self._store(key_states, value_states)
-            if seen == start:
-                return key_states, value_states
-            if count == 1:
-                filled = min(start + 1, self.slots)
-                return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
-            return self._span(self.keys, seen, start + count), self._span(self.values, seen, start + count)
-        if seen == start:
-            keys, values = key_states, value_states
-        else:
-            keys = torch.cat([self._span(self.keys, seen, start), key_states], dim=2)
-            values = torch.cat([self._span(self.values, seen, start), value_states], dim=2)
+            return key_states, value_states
+        # One token: the buffer itself, in slot order.
+        if count == 1:
+            self._store(key_states, value_states)
+            filled = min(start + 1, self.slots)
+            return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
+        # Old and new tokens fit into the buffer together: store first, then read them in order.
+        if start + count - first_visible <= self.slots:
+            self._store(key_states, value_states)
+            end = start + count
+            return self._span(self.keys, first_visible, end), self._span(self.values, first_visible, end)
+        # They do not fit: read the old window before the new tokens overwrite it.
+        keys = torch.cat([self._span(self.keys, first_visible, start), key_states], dim=2)
+        values = torch.cat([self._span(self.values, first_visible, start), value_states], dim=2)
         self._store(key_states, value_states)
         return keys, values
 
@@ -96,9 +100,9 @@ class RollingLayer(CacheLayerMixin):
         Where `ring_slots` is not zero, the keys come in slot order and the position is that of the oldest.
         """
         start = self.cumulative_length
-        end, seen = start + query_length, self._first_visible(start)
-        if query_length > 1 or seen == start:
-            return end - seen, seen
+        end, first_visible = start + query_length, self._first_visible(start)
+        if query_length > 1 or first_visible == start:
+            return end - first_visible, first_visible
         length = min(end, self._slots_for(1))
         return length, end - length
 
@@ -111,34 +115,34 @@ class RollingLayer(CacheLayerMixin):
         return slots if start + 1 > slots else 0
 
     def get_seq_length(self) -> int:
-        """Number of tokens seen so far, those that have left the window included."""
+        """Number of tokens so far, including those that have left the window."""
         return self.cumulative_length
 
     def get_max_length(self) -> int:
-        """W, or -1 for a layer that keeps every token."""
+        """W, or -1 for a layer that keeps all tokens."""
         return -1 if self.sliding_window is None else self.sliding_window
 
     def activate_past_recording(self) -> None:
-        """Keep up to `MAX_SLACK` tokens beyond the window recoverable, so that `crop` can undo rejected candidates."""
+        """Keep up to `MAX_SLACK` tokens beyond the window, so that `crop` can undo rejected candidates."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens (the argument is zero or negative).
 
         Raises:
-            ValueError: The argument is positive, more than was stored, or reaches tokens already written over.
+            ValueError: The argument is positive, exceeds what is stored, or needs tokens that are overwritten.
         """
         count = -int(tokens_to_remove)  # assisted decoding counts in tensors in some releases
         length = self.cumulative_length - count
         if count < 0 or length < 0:
             raise ValueError(
-                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero or"
-                " the negative number of tokens to remove, at most as many as are stored."
+                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero, or"
+                " the number of tokens to remove as a negative number, at most as many as are stored."
             )
         if self.oldest > self._first_visible(length):
             raise ValueError(
-                f"crop({tokens_to_remove}) cannot be undone: position {self._first_visible(length)} is needed again,"
-                f" but a buffer of {self.slots} slots holds no position before {self.oldest} any more. Call"
+                f"crop({tokens_to_remove}) is not possible: position {self._first_visible(length)} is needed again,"
+                f" but the buffer of {self.slots} slots no longer holds positions before {self.oldest}. Call"
                 " activate_past_recording() before the tokens that may be removed are processed, and remove at most"
                 f" {MAX_SLACK} of them at a time."
             )
@@ -189,7 +193,7 @@ class RollingLayer(CacheLayerMixin):
         if slots != self.slots:
             self._resize(slots)
         elif self.keys.requires_grad or (self.keys.is_inference() and not torch.is_inference_mode_enabled()):
-            # Autograd still needs the old values, or the buffer was made where it cannot be written from here.
+            # Autograd needs the old values, or the buffer was created in inference mode and cannot be written here.
             self.keys, self.values = self.keys.clone(), self.values.clone()
 
     def _resize(self, slots: int) -> None:
@@ -239,8 +243,8 @@ class RollingLayer(CacheLayerMixin):
     def _check_batch(self, key_states: Tensor) -> None:
         if self.cumulative_length and self.keys.shape[0] != key_states.shape[0]:
             raise ValueError(
-                f"The cache holds {self.keys.shape[0]} sequences, but {key_states.shape[0]} came in. Pass the batch"
-                " that the cache was filled with, use batch_select_indices or batch_repeat_interleave, or a new cache."
+                f"The cache holds {self.keys.shape[0]} sequences, but the input has {key_states.shape[0]}. Pass the"
+                " batch that filled the cache, use batch_select_indices or batch_repeat_interleave, or a new cache."
             )
 
 
@@ -251,7 +255,7 @@ class StaticRollingLayer(CacheLayerMixin):
     then to the new tokens, except in the first call after a reset, which sees the new tokens alone.
 
     Args:
-        max_cache_len: Tokens that the layer must be able to hold.
+        max_cache_len: Number of tokens that the layer must hold.
         sliding_window: W, in tokens, or None for full attention.
     """
 
@@ -279,7 +283,7 @@ class StaticRollingLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, N, D]`` new states; return all slots, and before them for N > 1 nothing but the new ones."""
+        """Store ``[B, K, N, D]`` new states and return all slots; for N > 1 the old slots, then the new states."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         count = key_states.shape[2]
@@ -313,7 +317,7 @@ class StaticRollingLayer(CacheLayerMixin):
         return 0 if query_length > 1 and self.is_fresh else self.max_cache_len
 
     def get_seq_length(self) -> Tensor | int:
-        """Number of tokens seen so far, as a 0-d tensor once there are any."""
+        """Number of tokens so far, as a 0-d tensor once the buffer is allocated."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_max_length(self) -> int:
@@ -332,10 +336,10 @@ class StaticRollingLayer(CacheLayerMixin):
             self.values.copy_(self.values.index_select(0, beam_idx.to(self.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removing nothing is all that a static layer can do.
+        """Do nothing: a static layer cannot forget single tokens.
 
         Raises:
-            ValueError: There is something to remove.
+            ValueError: The argument is not zero.
         """
         if tokens_to_remove != 0:
             raise ValueError(
@@ -345,13 +349,13 @@ class StaticRollingLayer(CacheLayerMixin):
 
 
 class RollingCache(Cache):
-    """The cache that Mistral models make by default: one `RollingLayer` a decoder layer.
+    """The default cache of Mistral models: one `RollingLayer` for each decoder layer.
 
     Args:
-        config: The model's configuration; its ``sliding_window`` and ``num_hidden_layers`` count. In its place, what
-            iterating over another `RollingCache` yields (torch's DataParallel gathers replicas that way).
-        max_cache_len: Preallocate fixed buffers for that many tokens (rounded up), for compiled decoding; None grows
-            them as needed.
+        config: The model's configuration, for ``sliding_window`` and ``num_hidden_layers``; or the items of another
+            `RollingCache`, which is how torch's DataParallel gathers replicas.
+        max_cache_len: Preallocate fixed buffers for that many tokens (rounded up), for compiled decoding; None lets
+            them grow as needed.
         offloading: Keep layers in CPU memory while they are not used.
 
     Raises:
@@ -388,7 +392,7 @@ class RollingCache(Cache):
         return self.layers[0].ring_slots(query_length) if self.layers else 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield each layer's visible keys and values, oldest first, and ``[tokens seen, W or 0]``."""
+        """Yield each layer's visible keys and values, oldest first, and ``[tokens so far, W or 0]``."""
         for layer in self.layers:
             counts = torch.tensor([[layer.get_seq_length(), layer.sliding_window or 0]], device=layer.keys.device)
             yield *layer.chronological(), counts
