@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-# The activations that Transformers knows by name (transformers.activations needs torch, this file must not).
+# The names of the activations of Transformers (transformers.activations needs torch, which this file must not import).
 ACTIVATIONS = frozenset(
     {
         *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
@@ -34,7 +34,7 @@ class MistralConfig(PreTrainedConfig):
         max_position_embeddings: Longest sequence that the model was trained for, in tokens.
         initializer_range: Standard deviation of freshly initialised weights.
         rms_norm_eps: Epsilon of the RMS normalisations.
-        use_cache: Whether forward returns a key/value cache unless told otherwise.
+        use_cache: Whether forward returns a key/value cache by default.
         pad_token_id: Id of the padding token, or None.
         bos_token_id: Id of the token that begins a sequence.
         eos_token_id: Id, or ids, of the token that ends a sequence.
@@ -154,7 +154,7 @@ class MistralConfig(PreTrainedConfig):
         self._check(
             "loss_chunk_size",
             self.loss_chunk_size is None or self.loss_chunk_size >= 1,
-            "must be at least 1 token, or None for all at once",
+            "must be at least 1 token, or None for all tokens together",
         )
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
         self._check("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")

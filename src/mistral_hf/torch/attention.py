@@ -303,7 +303,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-# The library's registry with our own functions for these names; what users register is found there as well.
+# The library's registry with our functions for these names; it also finds what users register.
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward

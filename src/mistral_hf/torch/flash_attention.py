@@ -35,7 +35,7 @@ def flash_attention_forward(
         ``[B, S, H, D]``, and None.
 
     Raises:
-        ValueError: The mask is not a plan; or dtype, device, heads or dropout are not what the kernels take.
+        ValueError: The mask is not a plan; or dtype, device, heads or dropout are not supported by the kernels.
     """
     if kwargs.get("cache") is not None:  # continuous batching keeps the keys of its requests in a paged cache
         paged = AttentionInterface._global_mapping[NAME]
@@ -135,7 +135,7 @@ def _kept_sequences(
 def _cached_sequences(
     batch: int, length: int, keys: KeyLayout, window: int | None, padding: Tensor | None, device: torch.device
 ) -> VarlenPlan:
-    """Queries after cached keys. A row's padding and empty slots are sequences of their own, without a query."""
+    """Queries after cached keys. A row's padding and empty slots are separate sequences, without a query."""
     total, end = keys.length, keys.query_start + length
     if padding is None and keys.slots == 0 and isinstance(end, int) and keys.key_start + total == end:
         return _whole_rows(batch, length, total, window, device)

@@ -45,7 +45,7 @@ class MistralGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """Give `generate` a `RollingCache`, unless the caller gives or asks for another cache, or for none."""
+        """Give `generate` a `RollingCache`, unless the caller passes or requests another cache, or none."""
         kind = generation_config.cache_implementation
         wants_none = generation_config.use_cache is False
         if kind not in ROLLING or wants_none or model_kwargs.get("past_key_values") is not None:
@@ -70,9 +70,9 @@ class MistralGenerationMixin(GenerationMixin):
         """Tokens that a static cache must hold: at least as many as in earlier calls, so their graph is reused."""
         if "static" not in (generation_config.cache_implementation or ""):
             return None
-        asked = getattr(generation_config, "max_cache_len", None) or 0
+        requested = getattr(generation_config, "max_cache_len", None) or 0
         earlier = getattr(self, "_previous_max_cache_length", 1)
-        self._previous_max_cache_length = max(max_cache_length, asked, earlier)
+        self._previous_max_cache_length = max(max_cache_length, requested, earlier)
         return self._previous_max_cache_length
 
     def _allocate(self, cache: RollingCache, batch_size: int) -> None:

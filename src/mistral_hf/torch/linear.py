@@ -3,7 +3,7 @@
 In float32, `F.linear` goes through MKL. For a single row, it reads a weight at a third of the rate at which two cores
 can read memory; the same weight as a batch of pieces is read at the full rate. For several rows, oneDNN's product,
 which PyTorch carries for its compiler, takes half the time of MKL's (see benchmarks/results/products.json). Everything
-else about a layer stays as it is: its parameters, their layout, and what is hooked or wrapped around it.
+else about a layer stays unchanged: its parameters, their layout, its hooks and wrappers.
 
 Legend: B batch, S tokens, M rows, I input features, O output features.
 """
@@ -55,7 +55,7 @@ def in_pieces(
     reused. Where gradients are recorded or a hook could see the calls, the function gets all tokens together.
 
     Args:
-        function: Maps ``[B, S, I]`` to the same shape, each token by itself.
+        function: Maps ``[B, S, I]`` to the same shape, each token separately.
         states: ``[B, S, I]``.
         layers, activation: The modules that the function calls.
     """

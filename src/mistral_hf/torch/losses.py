@@ -82,7 +82,7 @@ def chunked_language_model_loss(
         ValueError: `chunk_size` is not positive, or the labels and the input differ in shape.
     """
     if chunk_size < 1:
-        raise ValueError(f"loss_chunk_size={chunk_size} must be at least 1 token, or None for all at once.")
+        raise ValueError(f"loss_chunk_size={chunk_size} must be at least 1 token, or None for all tokens together.")
     targets = next_labels(labels, ignore_index) if shift_labels is None else shift_labels
     if targets.shape != hidden_states.shape[:-1]:
         raise ValueError(

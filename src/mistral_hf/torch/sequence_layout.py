@@ -120,7 +120,7 @@ class SequenceLayout(NamedTuple):
 
 
 def _padding(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -> Tensor | None:
-    """The boolean form of a 2-d mask, or None if it masks nothing."""
+    """The boolean form of a 2-d mask, or None if it masks no token."""
     if attention_mask is None:
         return None
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
@@ -180,7 +180,7 @@ def _segments_between(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor | 
 
 
 def _check_no_packing(keywords: dict[str, Any]) -> None:
-    """Masks cannot tell packed sequences apart by what a collator says of them, only by positions that restart."""
+    """Masks can tell packed sequences apart only by positions that restart, not by other outputs of a collator."""
     for name in ("cu_seq_lens_q", "seq_idx"):
         if keywords.get(name) is not None:
             raise ValueError(
