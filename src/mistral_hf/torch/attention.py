@@ -295,8 +295,16 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
     elif heads != kv_heads and mask is not None and query.device.type == "cuda":
         # No fused CUDA kernel takes groups of heads together with a mask.
         key, value = (states.repeat_interleave(heads // kv_heads, dim=1) for states in (key, value))
+    grouped = bool(query.shape[1] != key.shape[1])  # a tensor under tracing
     output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        mask,
+        dropout,
+        is_causal=causal,
+        scale=scaling,
+        enable_gqa=grouped,
     )
     return output.reshape(batch, heads, length, head_dim).transpose(1, 2)
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .tracing import runs_untransformed
+
 WEIGHT_PIECES = 8  # a single row's weight is read in that many pieces
 PROMPT_PIECE = 2048  # tokens of a long prompt that `in_pieces` takes at a time
 
@@ -99,12 +101,6 @@ def _has_hooks(module: nn.Module) -> bool:
     own = module.__dict__
     forward = own["_forward_hooks"] or own["_forward_pre_hooks"]
     return bool(forward or own["_backward_hooks"] or own["_backward_pre_hooks"])
-
-
-def runs_untransformed(states: Tensor) -> bool:
-    """Whether operators on these states run as written: no tracer, no function transform, no tensor subclass."""
-    traced = torch._C._get_tracing_state() is not None or torch._C._are_functorch_transforms_active()
-    return type(states) is Tensor and not traced
 
 
 def _fast_linear(states: Tensor, weight: Tensor) -> Tensor:

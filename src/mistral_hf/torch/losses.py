@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .linear import is_plain_linear, linear
+from .tracing import has_values, runs_untransformed
 from .validation import IGNORE_INDEX, check_labels
 
 BLOCK_ELEMENTS = 1 << 22  # logits that are converted to float32 together
@@ -146,6 +146,8 @@ def _takes_gradients_in_forward(head: nn.Module, hidden_states: Tensor) -> bool:
     """Whether gradients are needed, and the head is its weight and nothing else."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_plain_linear(head):
         return False
+    if not runs_untransformed(hidden_states):
+        return False
     return hidden_states.requires_grad or cast(Tensor, head.weight).requires_grad
 
 
@@ -182,8 +184,12 @@ class _GradientsInForward(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "The gradients of a loss in chunks are computed in its forward pass and cannot be differentiated again:"
+                " set loss_chunk_size=None for second derivatives (create_graph=True)."
+            )
         grad_states, grad_weight = ctx.saved_tensors
         grad_states = None if grad_states is None else grad_states * factor.to(grad_states.dtype)
         grad_weight = None if grad_weight is None else (grad_weight * factor).to(ctx.weight_dtype)
@@ -193,7 +199,7 @@ class _GradientsInForward(torch.autograd.Function):
 def _cross_entropy_sum(logits: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float = 0.0) -> Tensor:
     """Sum over the rows of ``[N, C]`` logits, computed in at least float32."""
     kept = targets != ignore_index
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not runs_untransformed(logits):
         log_probs = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
         return (_smoothed(log_probs, targets.where(kept, 0), label_smoothing) * kept).sum()
     total: Tensor = _CrossEntropySum.apply(logits, targets.where(kept, 0), kept, label_smoothing)
@@ -223,9 +229,10 @@ class _CrossEntropySum(torch.autograd.Function):
         return (losses * kept).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, kept, normalizer = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is differentiated again: it needs a graph
+            return _grad_logits(logits, targets, factor * kept, ctx.label_smoothing), None, None, None
         grad_logits, spread = torch.empty_like(logits), ctx.label_smoothing / logits.shape[1]
         factors, one = (factor * kept)[:, None], torch.ones_like(normalizer)[:, None]
         for rows in _blocks_of_rows(logits):
@@ -233,6 +240,13 @@ class _CrossEntropySum(torch.autograd.Function):
             gradient.scatter_add_(1, targets[rows, None], one[rows] * (ctx.label_smoothing - 1))
             grad_logits[rows] = gradient.sub_(spread).mul_(factors[rows])
         return grad_logits, None, None, None
+
+
+def _grad_logits(logits: Tensor, targets: Tensor, factors: Tensor, label_smoothing: float) -> Tensor:
+    """Gradient ``[N, C]`` of the cross-entropies ``[N]`` times their factors, by differentiable operators."""
+    probabilities = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    expected = F.one_hot(targets, logits.shape[1]) * (1 - label_smoothing) + label_smoothing / logits.shape[1]
+    return ((probabilities - expected) * factors[:, None]).to(logits.dtype)
 
 
 def _blocks_of_rows(logits: Tensor) -> Iterator[slice]:
@@ -247,7 +261,7 @@ def _mean(total: Tensor, kept: Tensor, num_items_in_batch: Tensor | int | None) 
     The loss is 0 where all labels are ignored; the warning reads one value, for which the host waits.
     """
     count: Any = kept.sum()
-    if not (torch.compiler.is_compiling() or count.is_meta or count):
+    if has_values(count) and not count:
         warnings.warn(
             f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this"
             " is not intended, check the collator, the truncation and the masking of prompts.",

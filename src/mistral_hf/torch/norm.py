@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear import runs_untransformed
+from .tracing import runs_untransformed
 
 
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:

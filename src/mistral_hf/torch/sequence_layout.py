@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache import RollingCache
+from .tracing import has_values
 
 
 class KeyLayout(NamedTuple):
@@ -40,7 +41,7 @@ class KeyLayout(NamedTuple):
         query_start = cache.get_seq_length()
         total, key_start = cache.get_mask_sizes(length, 0)
         slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
-        if isinstance(query_start, Tensor) and length > 1 and slots == 0 and not torch.compiler.is_compiling():
+        if isinstance(query_start, Tensor) and length > 1 and slots == 0 and has_values(query_start):
             query_start = int(query_start)
         return cls(query_start, key_start, total, slots, cached=True)
 
@@ -137,7 +138,7 @@ def _padding(attention_mask: Tensor | None, start: Any, inputs_embeds: Tensor) -
         )
     real = attention_mask.to(device=device, dtype=torch.bool)
     may_wait = device.type == "cpu" or length > 1  # a decoding step must not wait for an accelerator
-    if may_wait and not torch.compiler.is_compiling() and real.all():
+    if may_wait and has_values(real) and real.all():
         return None
     return real
 
@@ -164,7 +165,7 @@ def _packed_segments(
             _check_one_sequence(position_ids, attention_mask.bool())
         return None
     segments = (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(dim=-1)
-    if not torch.compiler.is_compiling() and not segments[:, -1].any():
+    if has_values(segments) and not segments[:, -1].any():
         return None
     return segments.expand(batch, -1)
 
@@ -190,11 +191,14 @@ def _check_no_packing(keywords: dict[str, Any]) -> None:
 
 
 def _check_one_sequence(position_ids: Tensor, real: Tensor) -> None:
-    """Under a 2-d mask, all real tokens of a row see each other, so their positions must not restart."""
-    if torch.compiler.is_compiling():
+    """Under a 2-d mask, all real tokens of a row see each other, so their positions must not restart.
+
+    After padding they may: `generate` counts the padding of right-padded rows in its positions.
+    """
+    if not (has_values(position_ids) and has_values(real)):
         return
-    positions = position_ids.to(real.device).expand(real.shape).masked_fill(~real, -1)
-    restarts = real[:, 1:] & (positions[:, 1:] <= positions.cummax(dim=-1).values[:, :-1])
+    positions = position_ids.to(real.device).expand(real.shape)
+    restarts = real[:, 1:] & real[:, :-1] & (positions[:, 1:] <= positions[:, :-1])
     if restarts.any():
         row, index = restarts.nonzero()[0].tolist()
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .sequence_layout import KeyLayout
+from .tracing import has_values
 
 IGNORE_INDEX = -100
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ def check_range(name: str, ids: Tensor, count: int, meaning: str, exempt: Tensor
         ValueError: One does not; the message gives its value and index. On an accelerator, where reading a value would
             stall the queue, a device-side assertion with the same rule takes its place.
     """
-    if torch.compiler.is_compiling() or ids.is_meta:
+    if not has_values(ids):
         return
     wrong = (ids < 0) | (ids >= count)
     if exempt is not None:
