@@ -14,7 +14,7 @@ from mistral_hf.bundled import BUNDLED_CHECKPOINT
 
 def bytes_of(cache: RollingCache) -> int:
     """Bytes of memory behind all keys and values, whatever part of it they show."""
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    tensors = [tensor for layer in cache.layers for tensor in (layer.key_buffer, layer.value_buffer)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 

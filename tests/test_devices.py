@@ -61,7 +61,7 @@ found["split k_proj"] = list(split.model.layers[0].self_attn.k_proj.weight.to_lo
 with torch.no_grad():
     output, expected = split(ids), whole(ids)
 found["logits"] = (output.logits - expected.logits).abs().max().item()
-found["cache"] = type(output.past_key_values).__name__, list(output.past_key_values.layers[0].keys.shape)
+found["cache"] = type(output.past_key_values).__name__, list(output.past_key_values.layers[0].key_buffer.shape)
 for name, options in {
     "greedy": {},
     "static": {"cache_implementation": "static", "disable_compile": True},
@@ -140,7 +140,7 @@ def test_tensor_parallel_logits_are_those_of_the_whole_model(found: Any) -> None
 
 def test_tensor_parallel_generation_keeps_each_ranks_heads(found: Any) -> None:
     for rank in found:
-        assert rank["cache"] == ["RollingCache", [4, 1, 8, 12]]
+        assert rank["cache"] == ["DynamicRollingCache", [4, 1, 8, 12]]
         for way in ("greedy", "static", "static in chunks", "beams"):
             assert rank[way], way
 

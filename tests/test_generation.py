@@ -310,7 +310,7 @@ def test_memory_is_that_of_the_window(make_model: Any, token_ids: Any) -> None:
     model = make_model()
     cache = RollingCache(model.config)
     generate(model, {"input_ids": token_ids(1, 500)}, 20, past_key_values=cache)
-    assert {layer.keys.untyped_storage().nbytes() for layer in cache.layers} == {2 * 8 * 12 * 4}
+    assert {layer.key_buffer.untyped_storage().nbytes() for layer in cache.layers} == {2 * 8 * 12 * 4}
     assert cache.get_seq_length() == 519
 
 

@@ -77,7 +77,7 @@ def test_a_step_copies_no_buffer(implementation: str, batch: int, model: Mistral
     ids = torch.ones(batch, WINDOW - 8, dtype=torch.long)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-        buffer = cache.layers[0].keys.untyped_storage().nbytes()
+        buffer = cache.layers[0].key_buffer.untyped_storage().nbytes()
         for _ in range(24):
             with PeakStorage() as memory:
                 model(ids[:, :1], past_key_values=cache)
@@ -89,5 +89,7 @@ def test_nothing_keeps_a_prompt_alive(model: MistralForCausalLM) -> None:
     """After a prompt of 64 windows, the cache holds one."""
     with torch.no_grad():
         cache = model(torch.ones(2, 64 * WINDOW, dtype=torch.long), use_cache=True).past_key_values
-    held = sum(states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.keys, layer.values))
+    held = sum(
+        states.untyped_storage().nbytes() for layer in cache.layers for states in (layer.key_buffer, layer.value_buffer)
+    )
     assert held == 2 * 2 * (2 * 2 * WINDOW * 16 * 4)

@@ -15,7 +15,7 @@ from transformers import Cache
 
 from mistral_hf import MistralConfig, RollingCache
 from mistral_hf.torch.attention import visible
-from mistral_hf.torch.cache import MAX_SLACK, RollingLayer, StaticRollingLayer
+from mistral_hf.torch.cache_layers import MAX_SLACK, RollingLayer, StaticRollingLayer
 from mistral_hf.torch.sequence_layout import KeyLayout
 
 ROW = 10_000  # a token's value is ROW * its row's name + its position
@@ -57,9 +57,9 @@ class ListModel:
 
     def check_buffer(self) -> None:
         """Every token that the next query can see lies in its slot."""
-        slots = self.layer.keys.shape[2]
+        slots = self.layer.key_buffer.shape[2]
         for position in range(self.first_visible(self.length), self.length):
-            assert self.layer.keys[:, 0, position % slots, 0].tolist() == [n * ROW + position for n in self.rows]
+            assert self.layer.key_buffer[:, 0, position % slots, 0].tolist() == [n * ROW + position for n in self.rows]
 
 
 operations = st.lists(
@@ -107,7 +107,12 @@ def test_any_sequence_of_operations_keeps_what_queries_see(window: int | None, o
         elif name == "reset":
             layer.reset()
             model.length = 0
-        if layer.keys is not None and window is not None and not layer.record_past and name in ("update", "decode"):
+        if (
+            layer.key_buffer is not None
+            and window is not None
+            and not layer.record_past
+            and name in ("update", "decode")
+        ):
             assert layer.slots <= window
 
 
@@ -130,9 +135,9 @@ def test_the_worked_example() -> None:
     """W=4, a prompt of six tokens and one step: the docstring's numbers, slot by slot."""
     layer = RollingLayer(4)
     layer.update(states([0], 0, 6), states([0], 0, 6))
-    assert layer.keys[0, 0, :, 0].tolist() == [4, 5, 2, 3]
+    assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 2, 3]
     layer.update(states([0], 6, 1), states([0], 6, 1))
-    assert layer.keys[0, 0, :, 0].tolist() == [4, 5, 6, 3]
+    assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 6, 3]
 
 
 @pytest.mark.parametrize("window", [1, 4, 16, None])
@@ -141,11 +146,11 @@ def test_static_layer_shows_queries_the_same(window: int | None, chunk: int) -> 
     model = ListModel(StaticRollingLayer(40, window), window, [1, 2])
     for count in (chunk, 1, 1, chunk, 1, 1, 1):
         model.update(count)
-    address = model.layer.keys.data_ptr()
+    address = model.layer.key_buffer.data_ptr()
     model.layer.reset()
     model.length = 0
     model.update(chunk)
-    assert model.layer.keys.data_ptr() == address
+    assert model.layer.key_buffer.data_ptr() == address
 
 
 def test_static_layer_refuses_what_it_cannot_do() -> None:
@@ -162,10 +167,10 @@ def test_static_layer_refuses_what_it_cannot_do() -> None:
 def test_static_reorder_keeps_addresses() -> None:
     layer = StaticRollingLayer(8, 4)
     layer.update(states([1, 2], 0, 3), states([1, 2], 0, 3))
-    address = layer.keys.data_ptr()
+    address = layer.key_buffer.data_ptr()
     layer.reorder_cache(torch.tensor([1, 1]))
-    assert layer.keys[:, 0, 2, 0].tolist() == [2 * ROW + 2] * 2
-    assert layer.keys.data_ptr() == address
+    assert layer.key_buffer[:, 0, 2, 0].tolist() == [2 * ROW + 2] * 2
+    assert layer.key_buffer.data_ptr() == address
 
 
 @pytest.mark.parametrize("count", [1, 5, MAX_SLACK])
@@ -202,7 +207,7 @@ def test_growth_is_by_doubling_and_ends_at_the_window() -> None:
         if layer.slots not in sizes:
             sizes.append(layer.slots)
         if layer.slots == 300:
-            addresses.add((layer.keys.data_ptr(), layer.values.data_ptr()))
+            addresses.add((layer.key_buffer.data_ptr(), layer.value_buffer.data_ptr()))
     assert sizes == [64, 128, 256, 300]
     assert len(addresses) == 1
 
@@ -212,7 +217,7 @@ def test_without_a_window_a_step_copies_nothing_but_when_it_doubles() -> None:
     addresses = []
     for position in range(1000):
         layer.update(states([0], position, 1), states([0], position, 1))
-        addresses.append(layer.keys.data_ptr())
+        addresses.append(layer.key_buffer.data_ptr())
     changes = sum(before != after for before, after in pairwise(addresses))
     assert changes == 4  # 64, 128, 256, 512, 1024
     assert layer.get_max_length() == -1
@@ -226,8 +231,8 @@ def test_after_a_prefill_nothing_keeps_the_prompt(make: Callable[[], Any]) -> No
     layer.update(keys, torch.randn(2, 3, 3000, 4))
     del keys
     assert reference() is None
-    assert layer.keys.untyped_storage().nbytes() == 2 * 3 * 8 * 4 * 4
-    assert torch.equal(layer.keys[:, :, 2999 % 8], expected)
+    assert layer.key_buffer.untyped_storage().nbytes() == 2 * 3 * 8 * 4 * 4
+    assert torch.equal(layer.key_buffer[:, :, 2999 % 8], expected)
 
 
 def test_decoding_copies_no_buffer() -> None:
@@ -264,7 +269,7 @@ def test_another_batch_is_refused_until_reset() -> None:
         layer.update(states([0, 1, 2], 3, 1), states([0, 1, 2], 3, 1))
     layer.reset()
     layer.update(states([0, 1, 2], 0, 1), states([0, 1, 2], 0, 1))
-    assert layer.keys.shape[0] == 3
+    assert layer.key_buffer.shape[0] == 3
 
 
 def test_gradients_flow_through_the_cache() -> None:
@@ -290,7 +295,7 @@ def test_a_buffer_of_inference_mode_can_be_continued_outside() -> None:
     with torch.inference_mode():
         layer.update(states([0], 0, 6), states([0], 0, 6))
     layer.update(states([0], 6, 1), states([0], 6, 1))
-    assert layer.keys[0, 0, :, 0].tolist() == [4, 5, 6, 3]
+    assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 6, 3]
 
 
 def test_gathered_replicas_make_one_cache() -> None:
@@ -333,5 +338,5 @@ def test_a_copy_is_independent() -> None:
     layer.update(states([0], 0, 6), states([0], 0, 6))
     fork = copy.deepcopy(layer)
     fork.update(states([7], 6, 1), states([7], 6, 1))
-    assert layer.keys[0, 0, :, 0].tolist() == [4, 5, 2, 3]
-    assert fork.keys[0, 0, :, 0].tolist() == [4, 5, 7 * ROW + 6, 3]
+    assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 2, 3]
+    assert fork.key_buffer[0, 0, :, 0].tolist() == [4, 5, 7 * ROW + 6, 3]

@@ -236,11 +236,11 @@ def test_a_step_reads_the_buffer_itself(
     with torch.no_grad():
         ours(ids[:, :-1], attention_mask=mask[:, :-1] if padded else None, past_key_values=cache)
         for layer in cache.layers:
-            layer.keys[:, :, filled:], layer.values[:, :, filled:] = torch.nan, torch.nan
+            layer.key_buffer[:, :, filled:], layer.value_buffer[:, :, filled:] = torch.nan, torch.nan
         function = kernels.with_cache if isinstance(kernels, PackageKernels) else kernels.varlen
         spy = Spy(function, monkeypatch, kernels)
         logits = ours(ids[:, -1:], attention_mask=mask if padded else None, past_key_values=cache).logits
-    assert spy.addresses == [layer.keys.data_ptr() for layer in cache.layers]
+    assert spy.addresses == [layer.key_buffer.data_ptr() for layer in cache.layers]
     assert logits.isfinite().all()
 
 

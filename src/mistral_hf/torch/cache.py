@@ -1,15 +1,6 @@
-"""The key/value cache: a rolling buffer, written in place, whose memory is fixed by the window.
+"""The key/value cache of a model: rolling buffers that grow, or that have fixed addresses.
 
-Legend: B batch, K key/value heads, N new tokens, D head_dim, W window.
-
-A token at position p lives in slot ``p % slots`` of a buffer ``[B, K, slots, D]``. With W=4, a prompt of six tokens and
-one decoding step:
-
-    prompt   positions 0 1 2 3 4 5 -> slots  0 1 2 3      holds positions 4 5 2 3
-    decode   position  6           -> slot   2            holds positions 4 5 6 3: exactly those that query 6 sees
-
-One query reads the buffer as it lies, since attention does not depend on the order of keys. Several queries get the old
-window and all new keys in chronological order, and the new keys are stored afterwards.
+Legend: B batch, K key/value heads, D head_dim, W window.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,346 +8,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-MIN_SLOTS = 64  # the first allocation, in tokens
-MAX_SLACK = 1024  # tokens beyond the window that can be restored while the past is recorded
+from .cache_layers import RollingLayer, StaticRollingLayer, power_of_two
+
 STATIC_BUCKET = 256  # smallest preallocated buffer, in tokens; larger ones are powers of two
 
 
-class RollingLayer(CacheLayerMixin):
-    """One layer's keys and values, at most W tokens of them, or all with ``sliding_window=None``.
-
-    The buffer starts small and doubles until it has W slots; then its size never changes.
-
-    Args:
-        sliding_window: W, in tokens, or None for full attention.
-    """
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, sliding_window: int | None = None) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
-        self.cumulative_length = 0
-        self.oldest = 0  # the first position whose slot has not been overwritten
-        self.record_past = False
-        self.unconfirmed = 0  # tokens stored since the last crop, while the past is recorded
-
-    @property
-    def slots(self) -> int:
-        """Number of tokens that the buffer can hold now."""
-        return self.keys.shape[2] if self.keys is not None else 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype, device, batch and heads from the first ``[B, K, N, D]`` states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty((*key_states.shape[:2], 0, key_states.shape[3]))
-        self.values = value_states.new_empty((*value_states.shape[:2], 0, value_states.shape[3]))
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, N, D]`` new keys and values, and return those that the new queries attend to.
-
-        Returns:
-            Keys and values ``[B, K, T, D]``, with T as returned by `get_mask_sizes`: for one query the buffer itself,
-            in slot order once it has wrapped; for several, the old window and the new tokens in chronological order.
-
-        Raises:
-            ValueError: The batch size differs from that of the stored tokens.
-        """
-        self._check_batch(key_states)
-        if not self.is_initialized or (self.cumulative_length == 0 and self.keys.shape[0] != key_states.shape[0]):
-            self.lazy_initialization(key_states, value_states)
-        count, start = key_states.shape[2], self.cumulative_length
-        first_visible = self._first_visible(start)
-        self._reserve(count)
-        # The new tokens see nothing older: they are returned as they came.
-        if first_visible == start:
-            self._store(key_states, value_states)
-            return key_states, value_states
-        # One token: the buffer itself, in slot order.
-        if count == 1:
-            self._store(key_states, value_states)
-            filled = min(start + 1, self.slots)
-            return self.keys.narrow(2, 0, filled), self.values.narrow(2, 0, filled)
-        # Old and new tokens fit into the buffer together: store first, then read them in order.
-        if start + count - first_visible <= self.slots:
-            self._store(key_states, value_states)
-            end = start + count
-            return self._span(self.keys, first_visible, end), self._span(self.values, first_visible, end)
-        # They do not fit: read the old window before the new tokens overwrite it.
-        keys = torch.cat([self._span(self.keys, first_visible, start), key_states], dim=2)
-        values = torch.cat([self._span(self.values, first_visible, start), value_states], dim=2)
-        self._store(key_states, value_states)
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that `update` will return for that many queries, and the position of the first of them.
-
-        Where `ring_slots` is not zero, the keys come in slot order and the position is that of the oldest.
-        """
-        start = self.cumulative_length
-        end, first_visible = start + query_length, self._first_visible(start)
-        if query_length > 1 or first_visible == start:
-            return end - first_visible, first_visible
-        length = min(end, self._slots_for(1))
-        return length, end - length
-
-    def ring_slots(self, query_length: int) -> int:
-        """Number of leading keys that `update` will return in slot order; 0 if all are chronological."""
-        start = self.cumulative_length
-        if query_length > 1 or self._first_visible(start) == start:
-            return 0
-        slots = self._slots_for(1)
-        return slots if start + 1 > slots else 0
-
-    def get_seq_length(self) -> int:
-        """Number of tokens so far, including those that have left the window."""
-        return self.cumulative_length
-
-    def get_max_length(self) -> int:
-        """W, or -1 for a layer that keeps all tokens."""
-        return -1 if self.sliding_window is None else self.sliding_window
-
-    def activate_past_recording(self) -> None:
-        """Keep up to `MAX_SLACK` tokens beyond the window, so that `crop` can undo rejected candidates."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` tokens (the argument is zero or negative).
-
-        Raises:
-            ValueError: The argument is positive, exceeds what is stored, or needs tokens that are overwritten.
-        """
-        count = -int(tokens_to_remove)  # assisted decoding counts in tensors in some releases
-        length = self.cumulative_length - count
-        if count < 0 or length < 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}) is not possible with {self.cumulative_length} tokens stored: pass zero, or"
-                " the number of tokens to remove as a negative number, at most as many as are stored."
-            )
-        if self.oldest > self._first_visible(length):
-            raise ValueError(
-                f"crop({tokens_to_remove}) is not possible: position {self._first_visible(length)} is needed again,"
-                f" but the buffer of {self.slots} slots no longer holds positions before {self.oldest}. Call"
-                " activate_past_recording() before the tokens that may be removed are processed, and remove at most"
-                f" {MAX_SLACK} of them at a time."
-            )
-        self.cumulative_length = length
-        self.unconfirmed = 0
-
-    def reset(self) -> None:
-        """Forget all tokens; the buffer stays allocated."""
-        self.cumulative_length = self.oldest = self.unconfirmed = 0
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch `repeats` times."""
-        if self.get_seq_length() > 0:
-            self.keys = self.keys.repeat_interleave(repeats, dim=0)
-            self.values = self.values.repeat_interleave(repeats, dim=0)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` of the batch."""
-        if self.get_seq_length() > 0:
-            self.keys, self.values = self.keys[indices], self.values[indices]
-
-    def chronological(self) -> tuple[Tensor, Tensor]:
-        """The stored keys and values ``[B, K, tokens, D]`` that the next query could see, oldest first."""
-        start, end = self._first_visible(self.cumulative_length), self.cumulative_length
-        return self._span(self.keys, start, end), self._span(self.values, start, end)
-
-    def _first_visible(self, position: int) -> int:
-        """The first position that a query at `position` attends to."""
-        return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1)
-
-    def _slots_for(self, count: int) -> int:
-        """Slots that the buffer will have once `count` more tokens are stored."""
-        needed = end = self.cumulative_length + count
-        limit = None
-        if self.sliding_window is not None:
-            slack = min(self.unconfirmed + count, MAX_SLACK) if self.record_past else 1
-            limit = self.sliding_window - 1 + _power_of_two(slack)
-            needed = min(end, limit)
-        if needed > self.slots:
-            grown = max(MIN_SLOTS, _power_of_two(needed))
-            return grown if limit is None else min(grown, limit)
-        if self.sliding_window is not None and not self.record_past:
-            return min(self.slots, self.sliding_window)
-        return self.slots
-
-    def _reserve(self, count: int) -> None:
-        slots = self._slots_for(count)
-        if slots != self.slots:
-            self._resize(slots)
-        elif self.keys.requires_grad or (self.keys.is_inference() and not torch.is_inference_mode_enabled()):
-            # Autograd needs the old values, or the buffer was created in inference mode and cannot be written here.
-            self.keys, self.values = self.keys.clone(), self.values.clone()
-
-    def _resize(self, slots: int) -> None:
-        end = self.cumulative_length
-        start = max(self.oldest, end - min(slots, self.slots))
-        old_keys, old_values = self._span(self.keys, start, end), self._span(self.values, start, end)
-        self.keys = old_keys.new_empty((*old_keys.shape[:2], slots, old_keys.shape[3]))
-        self.values = old_values.new_empty((*old_values.shape[:2], slots, old_values.shape[3]))
-        self._write(self.keys, old_keys, start)
-        self._write(self.values, old_values, start)
-        self.oldest = start
-
-    def _store(self, key_states: Tensor, value_states: Tensor) -> None:
-        count, start = key_states.shape[2], self.cumulative_length
-        kept = min(count, self.slots)
-        if kept < count:
-            key_states, value_states = key_states[:, :, count - kept :], value_states[:, :, count - kept :]
-        self._write(self.keys, key_states, start + count - kept)
-        self._write(self.values, value_states, start + count - kept)
-        self.cumulative_length = start + count
-        self.oldest = max(self.oldest, self.cumulative_length - self.slots)
-        if self.record_past:
-            self.unconfirmed += count
-
-    @staticmethod
-    def _write(buffer: Tensor, states: Tensor, position: int) -> None:
-        """Copy at most ``slots`` states, the first of them at `position`, into their slots."""
-        count = states.shape[2]
-        slot = position % buffer.shape[2] if count else 0
-        head = min(count, buffer.shape[2] - slot)
-        if head == count:
-            buffer.narrow(2, slot, count).copy_(states)
-        else:
-            buffer[:, :, slot:].copy_(states[:, :, :head])
-            buffer[:, :, : count - head].copy_(states[:, :, head:])
-
-    @staticmethod
-    def _span(buffer: Tensor, start: int, end: int) -> Tensor:
-        """States of the positions from `start` to `end` in order: a view, or a copy where the span wraps around."""
-        if start == end:
-            return buffer[:, :, :0]
-        slot, count = start % buffer.shape[2], end - start
-        if slot + count <= buffer.shape[2]:
-            return buffer[:, :, slot : slot + count]
-        return torch.cat([buffer[:, :, slot:], buffer[:, :, : slot + count - buffer.shape[2]]], dim=2)
-
-    def _check_batch(self, key_states: Tensor) -> None:
-        if self.cumulative_length and self.keys.shape[0] != key_states.shape[0]:
-            raise ValueError(
-                f"The cache holds {self.keys.shape[0]} sequences, but the input has {key_states.shape[0]}. Pass the"
-                " batch that filled the cache, use batch_select_indices or batch_repeat_interleave, or a new cache."
-            )
-
-
-class StaticRollingLayer(CacheLayerMixin):
-    """A `RollingLayer` of fixed addresses and shapes, whose step is one graph before, at and after the wrap.
-
-    Its length is a tensor. One query attends to all slots, the empty ones masked; several attend to all slots and
-    then to the new tokens, except in the first call after a reset, which sees the new tokens alone.
-
-    Args:
-        max_cache_len: Number of tokens that the layer must hold.
-        sliding_window: W, in tokens, or None for full attention.
-    """
-
-    is_compileable = True
-    is_croppable = False
-
-    def __init__(self, max_cache_len: int, sliding_window: int | None = None) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
-        self.max_cache_len = min(max_cache_len, sliding_window or max_cache_len)
-        self.wraps = sliding_window is not None and sliding_window <= max_cache_len
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
-        self.is_fresh = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate ``[B, K, slots, D]`` for the dtype, device, batch and heads of the given states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros((*key_states.shape[:2], self.max_cache_len, key_states.shape[3]))
-        self.values = value_states.new_zeros((*value_states.shape[:2], self.max_cache_len, value_states.shape[3]))
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        if not torch.compiler.is_compiling():
-            for tensor in (self.keys, self.values, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, N, D]`` new states and return all slots; for N > 1 the old slots, then the new states."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[2]
-        if count > self.max_cache_len and not self.wraps:
-            raise ValueError(f"{count} tokens do not fit a static cache of {self.max_cache_len}; raise max_cache_len.")
-        if count == 1:
-            keys, values = self.keys, self.values
-        elif self.is_fresh:
-            keys, values = key_states, value_states
-        else:
-            keys = torch.cat([self.keys, key_states], dim=2)
-            values = torch.cat([self.values, value_states], dim=2)
-        kept = min(count, self.max_cache_len) if self.wraps else count
-        slots = self.cumulative_length + torch.arange(count - kept, count, device=self.device)
-        if self.wraps:
-            slots = slots % self.max_cache_len
-        self.keys.index_copy_(2, slots, key_states[:, :, count - kept :])
-        self.values.index_copy_(2, slots, value_states[:, :, count - kept :])
-        self.cumulative_length.add_(count)
-        self.is_fresh = False
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that `update` will return, and the position of the first chronological one (0 if none)."""
-        if query_length == 1:
-            return self.max_cache_len, 0
-        return (query_length if self.is_fresh else self.max_cache_len + query_length), 0
-
-    def ring_slots(self, query_length: int) -> int:
-        """Number of leading keys that `update` will return in slot order."""
-        return 0 if query_length > 1 and self.is_fresh else self.max_cache_len
-
-    def get_seq_length(self) -> Tensor | int:
-        """Number of tokens so far, as a 0-d tensor once the buffer is allocated."""
-        return self.cumulative_length if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """Number of slots."""
-        return self.max_cache_len
-
-    def reset(self) -> None:
-        """Forget all tokens; addresses stay."""
-        super().reset()
-        self.is_fresh = True
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows of the batch in the order `beam_idx`, at the same addresses."""
-        if self.is_initialized:
-            self.keys.copy_(self.keys.index_select(0, beam_idx.to(self.device)))
-            self.values.copy_(self.values.index_select(0, beam_idx.to(self.device)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: a static layer cannot forget single tokens.
-
-        Raises:
-            ValueError: The argument is not zero.
-        """
-        if tokens_to_remove != 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): a static cache cannot forget single tokens. Use the default cache for"
-                " assisted decoding, or reset() to forget everything."
-            )
-
-
 class RollingCache(Cache):
-    """The default cache of Mistral models: one `RollingLayer` for each decoder layer.
+    """The default cache of Mistral models: one rolling buffer for each decoder layer.
+
+    An instance is a `DynamicRollingCache`, or a `StaticRollingCache` if `max_cache_len` is given; tools take them for
+    the library's `DynamicCache` and `StaticCache`.
 
     Args:
         config: The model's configuration, for ``sliding_window`` and ``num_hidden_layers``; or the items of another
             `RollingCache`, which is how torch's DataParallel gathers replicas.
-        max_cache_len: Preallocate fixed buffers for that many tokens (rounded up), for compiled decoding; None lets
-            them grow as needed.
+        max_cache_len: Preallocate fixed buffers for that many tokens, for compiled decoding; None lets them grow as
+            needed.
         offloading: Keep layers in CPU memory while they are not used.
+        round_up: Make preallocated buffers somewhat longer, so that calls of similar lengths share a graph.
 
     Raises:
         ValueError: ``max_cache_len`` is less than 1.
@@ -366,39 +38,74 @@ class RollingCache(Cache):
         >>> cache = RollingCache(MistralConfig(num_hidden_layers=2, sliding_window=4))
         >>> len(cache), cache.get_seq_length(), cache.get_max_length()
         (2, 0, 4)
+        >>> cache
+        DynamicRollingCache(2 layers, window 4, 0 tokens, 0 bytes)
     """
+
+    def __new__(cls, config: Any = None, max_cache_len: int | None = None, *args: Any, **kwargs: Any) -> "RollingCache":
+        if cls is RollingCache:
+            return super().__new__(DynamicRollingCache if max_cache_len is None else StaticRollingCache)
+        return super().__new__(cls)
 
     def __init__(
         self,
         config: PreTrainedConfig | Iterable[tuple[Tensor, Tensor, Tensor]],
         max_cache_len: int | None = None,
         offloading: bool = False,
+        round_up: bool = True,
     ) -> None:
-        if not isinstance(config, PreTrainedConfig):
-            super().__init__(layers=[_gathered_layer(*state) for state in config])
-            return
-        text_config = config.get_text_config(decoder=True)
-        window = getattr(text_config, "sliding_window", None)
-        layers: list[CacheLayerMixin] = []
-        for _ in range(text_config.num_hidden_layers):
-            if max_cache_len is None:
-                layers.append(RollingLayer(window))
-            else:
-                layers.append(StaticRollingLayer(_bucket(max_cache_len), window))
-        super().__init__(layers=layers, offloading=offloading, offload_only_non_sliding=False)
+        if isinstance(config, PreTrainedConfig):
+            layers = _layers(config.get_text_config(decoder=True), max_cache_len, round_up)
+        else:
+            layers = [_gathered_layer(*state) for state in config]
+        Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
 
     def ring_slots(self, query_length: int) -> int:
         """Number of leading keys that `update` will return in slot order; 0 if all are chronological."""
         return self.layers[0].ring_slots(query_length) if self.layers else 0
 
+    @property
+    def max_cache_len(self) -> int:
+        """Number of tokens that every layer holds at most, or -1 without a limit."""
+        return self.get_max_length() if self.layers else -1
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield each layer's visible keys and values, oldest first, and ``[tokens so far, W or 0]``."""
         for layer in self.layers:
-            counts = torch.tensor([[layer.get_seq_length(), layer.sliding_window or 0]], device=layer.keys.device)
-            yield *layer.chronological(), counts
+            keys, values = layer.keys, layer.values
+            yield keys, values, torch.tensor([[layer.get_seq_length(), layer.sliding_window or 0]], device=keys.device)
+
+    def __repr__(self) -> str:
+        if not self.layers:
+            return f"{type(self).__name__}(0 layers)"
+        window = self.layers[0].sliding_window
+        memory = sum(layer.nbytes for layer in self.layers)
+        return (
+            f"{type(self).__name__}({len(self.layers)} layers, {'no window' if window is None else f'window {window}'},"
+            f" {int(self.get_seq_length())} tokens, {memory:,} bytes)"
+        )
+
+
+class DynamicRollingCache(RollingCache, DynamicCache):
+    """A `RollingCache` whose buffers grow up to the window."""
+
+
+class StaticRollingCache(RollingCache, StaticCache):
+    """A `RollingCache` whose buffers have fixed addresses and shapes."""
+
+
+def _layers(config: PreTrainedConfig, max_cache_len: int | None, round_up: bool) -> list[CacheLayerMixin]:
+    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    if max_cache_len is None:
+        return [RollingLayer(window) for _ in range(count)]
+    if max_cache_len < 1:
+        raise ValueError(f"max_cache_len={max_cache_len} must be at least 1 token.")
+    slots = max(STATIC_BUCKET, power_of_two(max_cache_len)) if round_up else max_cache_len
+    return [StaticRollingLayer(slots, window, shown=max_cache_len) for _ in range(count)]
 
 
 def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLayer:
+    """A layer with the tokens of several replicas; those of the first replica say how many there were."""
     length, window = counts[0].tolist()
     layer = RollingLayer(window or None)
     layer.lazy_initialization(keys, values)
@@ -406,14 +113,3 @@ def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLaye
     layer._reserve(keys.shape[2])
     layer._store(keys, values)
     return layer
-
-
-def _power_of_two(count: int) -> int:
-    """The least power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
-
-
-def _bucket(max_cache_len: int) -> int:
-    if max_cache_len < 1:
-        raise ValueError(f"max_cache_len={max_cache_len} must be at least 1 token.")
-    return max(STATIC_BUCKET, _power_of_two(max_cache_len))

@@ -57,7 +57,8 @@ class MistralGenerationMixin(GenerationMixin):
             del model_kwargs["attention_mask"]
         capacity = self._capacity(generation_config, max_cache_length)
         offloading = kind is not None and "offloaded" in kind
-        cache = RollingCache(self.config, max_cache_len=capacity, offloading=offloading)
+        round_up = not generation_config.output_attentions  # whose length should be that of the tokens
+        cache = RollingCache(self.config, max_cache_len=capacity, offloading=offloading, round_up=round_up)
         if capacity is not None and generation_config.prefill_chunk_size is not None:
             beams = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             self._allocate(cache, batch_size * beams)
