@@ -45,6 +45,7 @@ from .torch.losses import (
     warn_without_labels,
 )
 from .torch.norm import rms_norm
+from .torch.rotary import apply_rotary, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
@@ -430,7 +431,8 @@ class MistralDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """Map ``[B, S, E]`` to ``[B, S, E]``; keywords go to `MistralAttention`."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **kwargs)[0]
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(hidden_states=normed, **kwargs)[0]
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -474,7 +476,7 @@ class MistralAttention(nn.Module):
         by_head = (batch, length, -1, self.head_dim)
         projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (states.view(by_head).transpose(1, 2) for states in projected)  # [B, H or K, S, D]
-        q, k = (apply_rotary(states, *position_embeddings) for states in (q, k))
+        q, k = apply_rotary(q, k, *position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)  # [B, K, T, D]
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -569,16 +571,10 @@ class MistralRotaryEmbedding(nn.Module):
             position_ids: ``[B or 1, S]``.
 
         Returns:
-            cos and sin, each ``[B or 1, 1, S, D]`` in the dtype of `x`, the first half of sin negated.
+            cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`.
         """
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return torch.cat([cos, cos], dim=-1).to(x.dtype), torch.cat([-sin, sin], dim=-1).to(x.dtype)
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``[B, heads, S, D]`` states, the two halves of a head being the parts of D/2 complex numbers."""
-    return (states * cos).addcmul_(states.roll(states.shape[-1] // 2, dims=-1), sin)
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        return rotary_factors(angles, self.attention_scaling, x.dtype)
 
 
 class MistralModel(MistralPreTrainedModel):

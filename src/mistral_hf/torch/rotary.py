@@ -1,0 +1,44 @@
+"""Rotary position embeddings (Su et al., 2021): their factors, and their application in three operators.
+
+Legend: B batch, S tokens, H query heads, K key/value heads, D head_dim.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rotary_factors(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``[B or 1, S, D/2]`` angles, each repeated to ``[B or 1, S, D]`` as in the library."""
+    cos, sin = angles.cos(), angles.sin()
+    if scaling != 1.0:
+        cos, sin = cos * scaling, sin * scaling
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    cos, repeated = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+    # What every layer needs of them, prepared once; factors that a tool changes or replaces do not have it.
+    signed = torch.cat([-sin, sin], dim=-1)
+    repeated.prepared = cos, cos.unsqueeze(1), signed.unsqueeze(1)  # type: ignore[attr-defined]
+    return cos, repeated
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys, the two halves of a head being the parts of D/2 complex numbers.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, K, S, D]``.
+        cos, sin: ``[B or 1, S, D]``, of `rotary_factors` or from elsewhere.
+    """
+    by_head, signed = _prepared(cos, sin)
+    half = q.shape[-1] // 2
+    q = (q * by_head).addcmul_(q.roll(half, dims=-1), signed)
+    k = (k * by_head).addcmul_(k.roll(half, dims=-1), signed)
+    return q, k
+
+
+def _prepared(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``[B or 1, 1, S, D]`` factors, the first half of sin negated."""
+    source, by_head, signed = getattr(sin, "prepared", (None, cos, sin))
+    if source is cos:
+        return by_head, signed
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(1), torch.cat([-first, second], dim=-1).unsqueeze(1)
