@@ -100,7 +100,7 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
         states = outputs.pop("last_hidden_state")
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = project(states[:, -logits_to_keep:] if logits_to_keep else states, head)
-        loss = None if labels is None else language_model_loss(logits, labels)
+        loss = None if labels is None else language_model_loss(logits, labels, self.config.label_smoothing)
         return TFMistralOutput(loss=loss, logits=logits, **outputs)
 
     def generate(

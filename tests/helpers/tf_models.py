@@ -17,10 +17,11 @@ from mistral_hf.tf import attention as tf_attention  # noqa: E402
 from mistral_hf.tf import generation as tf_generation  # noqa: E402
 from mistral_hf.tf import layers as tf_layers  # noqa: E402
 from mistral_hf.tf import logits as tf_logits  # noqa: E402
+from mistral_hf.tf import losses as tf_losses  # noqa: E402
 from mistral_hf.tf import pretrained as tf_pretrained  # noqa: E402
 
 __all__ = ["arrays", "keras", "tf", "to_tf"]
-__all__ += ["tf_attention", "tf_generation", "tf_layers", "tf_logits", "tf_pretrained"]
+__all__ += ["tf_attention", "tf_generation", "tf_layers", "tf_logits", "tf_losses", "tf_pretrained"]
 
 
 def to_tf(model: Any, dtype: Any = None) -> Any:
