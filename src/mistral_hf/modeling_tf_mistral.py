@@ -309,7 +309,8 @@ class TFMistralModel(TFMistralPreTrainedModel):
             input_ids: ``[B, S]`` token ids, or a dictionary of the tensors among these arguments.
             attention_mask: ``[B, S]``, nonzero for real tokens; columns of cached tokens may come before.
             position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
-                restart (without mask and cache) mark packed sequences, which do not see each other.
+                restart (without mask and cache) mark packed sequences, which do not see each other; outside of graphs,
+                no cache is kept of them.
             past_key_values: The cached tokens. Outside of graphs the buffers grow as needed; a graph, whose shapes are
                 fixed, needs a cache created with a sufficient `cache_capacity`.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
@@ -345,6 +346,7 @@ class TFMistralModel(TFMistralPreTrainedModel):
         if use_cache is None:
             eager = tf.executing_eagerly() and not training
             use_cache = (self.config.use_cache and eager) or cache_capacity is not None or cache is not None
+        use_cache = use_cache and not layout.packed
         if cache is not None and tf.executing_eagerly():
             cache = cache.grown_for(length, window)
         capacity = (cache_capacity or default_capacity(length)) if use_cache else None

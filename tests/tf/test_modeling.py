@@ -120,6 +120,17 @@ def test_packed_sequences_do_not_see_each_other(make_model: Any, token_ids: Any)
 
 
 @torch.no_grad()
+def test_no_cache_is_kept_of_packed_sequences(make_model: Any, token_ids: Any) -> None:
+    """What continued from it would see sequences that it is not part of; PyTorch keeps none either."""
+    model, ids = make_model(), token_ids(2, 9)
+    ported = to_tf(model)
+    for positions, kept in ((torch.arange(9)[None], True), (torch.tensor([[*range(5), *range(4)]]), False)):
+        outputs = ported(input_ids=ids.numpy(), position_ids=positions.numpy(), use_cache=True)
+        assert (outputs.past_key_values is not None) == kept
+        assert (model(ids, position_ids=positions, use_cache=True).past_key_values is not None) == kept
+
+
+@torch.no_grad()
 def test_hidden_states_and_attentions_match_pytorch(make_model: Any, padded: Any) -> None:
     model = make_model(implementation="eager", sliding_window=5)
     inputs = padded(12, 7)

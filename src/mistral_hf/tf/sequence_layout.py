@@ -20,11 +20,13 @@ class SequenceLayout(NamedTuple):
         positions: ``[B or 1, S]``.
         segments: ``[B, S]`` int32, the index of the packed sequence that a token belongs to, or `PADDING`.
         start: ``[B]`` int32, the index of a row's first real token; as long as there is none, that of the next token.
+        packed: Whether rows hold several sequences; False within graphs, where this is not known.
     """
 
     positions: Tensor
     segments: Tensor
     start: Tensor
+    packed: bool
 
 
 def sequence_layout(
@@ -48,6 +50,7 @@ def sequence_layout(
     real = _real_tokens(attention_mask, states)
     start = _start(real, batch, length, cache)
     positions = _positions(start, length, cache) if position_ids is None else position_ids
+    packed = False
     # Under a mask, the real tokens of a row are one sequence.
     if real is not None:
         segments = tf.where(real, 0, PADDING)
@@ -56,7 +59,8 @@ def sequence_layout(
         segments = tf.zeros([batch, length], tf.int32)
     else:
         segments = tf.broadcast_to(_packed_segments(position_ids), [batch, length])
-    return SequenceLayout(positions, segments, start)
+        packed = tf.executing_eagerly() and bool(tf.reduce_any(segments > 0))
+    return SequenceLayout(positions, segments, start, packed)
 
 
 def _check_positions(positions: Tensor | None, states: Tensor) -> None:
