@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from mistral_hf import BUNDLED_CHECKPOINT, TFMistralForSequenceClassification
 
-WORDS = 24  # of a passage
+WORDS = 24  # words of a passage
 
 
 def passages(count: int) -> tuple[list[str], list[int]]:
-    """Passages of English text, every other one from its last word to its first, and which ones those are."""
+    """Passages of English text, every other one with its words in reverse, and their labels: 1 for reversed."""
     words = (BUNDLED_CHECKPOINT / "heldout.txt").read_text().split()
     starts = random.sample(range(len(words) - WORDS), count)
     labels = [index % 2 for index in range(count)]
@@ -27,7 +27,7 @@ def passages(count: int) -> tuple[list[str], list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--examples", type=int, default=512, help="passages to learn from; a quarter as many test it")
+    parser.add_argument("--examples", type=int, default=512, help="passages to train on; a quarter as many test it")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     model.compile(keras.optimizers.AdamW(6e-4), metrics=["accuracy"])
     model.fit(train, epochs=options.epochs, shuffle=False)
     accuracy = model.evaluate(test, return_dict=True, verbose=0)["accuracy"]
-    print(f"right: {accuracy:.0%} of {len(labels) - options.examples} passages")
+    print(f"accuracy: {accuracy:.0%} on {len(labels) - options.examples} passages")
 
 
 if __name__ == "__main__":

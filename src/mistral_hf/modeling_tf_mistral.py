@@ -1,10 +1,11 @@
-"""The TensorFlow Mistral models, for Keras on its TensorFlow backend: heads, and the decoder that they share.
+"""The TensorFlow Mistral models, for Keras on its TensorFlow backend: two heads and the decoder that they share.
 
 Legend: B batch, S new tokens, T keys, H query heads, E hidden_size, V vocabulary, C classes or regression targets.
 """
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import keras
@@ -12,20 +13,26 @@ import tensorflow as tf
 from transformers import GenerationConfig
 
 from .configuration_mistral import MistralConfig
-from .tf.attention import AttentionPlan
-from .tf.cache import PADDING, TFRollingCache, default_capacity
+from .tf.attention import attention_context
+from .tf.cache import TFRollingCache, default_capacity
 from .tf.generation import Generator
-from .tf.layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryEmbedding, Tensor, project
+from .tf.layers import DecoderLayer, Embedding, Linear, RMSNorm, RotaryEmbedding, project
 from .tf.losses import classification_loss, language_model_loss
 from .tf.pretrained import TFMistralOutput, TFMistralPreTrainedModel
-from .tf.shapes import size
+from .tf.sequence_layout import sequence_layout
+from .tf.shapes import Tensor, size
 
 _LAYER_WEIGHTS = (
-    *("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
 )
-
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
 
 
 @keras.saving.register_keras_serializable("mistral_hf")
@@ -36,10 +43,10 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
         config: The configuration.
         dtype: A Keras dtype policy or its name: ``"float32"``, ``"mixed_bfloat16"``, ``"bfloat16"``, ``"float16"``, ...
             None is Keras's global policy.
-        initializer: Of the weights (default: a normal distribution of ``config.initializer_range``).
+        initializer: A Keras initializer of the weights; by default `default_initializer`.
 
     Attributes:
-        generation_config: Defaults of `generate`.
+        generation_config: The default options of `generate`.
     """
 
     architecture = "MistralForCausalLM"
@@ -76,18 +83,25 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
 
         Args:
             input_ids: ``[B, S]`` token ids, or a dictionary of the tensors among these arguments.
-            attention_mask: See `TFMistralModel`; so are the other arguments that are not named here.
+            attention_mask: See `TFMistralModel`, also for the arguments that are not listed here.
             labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
-            logits_to_keep: Compute logits for that many last positions only; 0 means all.
+            logits_to_keep: Number of last positions to compute logits for; 0 means all.
 
         Returns:
-            ``logits`` ``[B, S or kept, V]`` in the compute dtype, ``loss`` (a float32 scalar) if there are labels,
-            ``past_key_values``, ``hidden_states`` and ``attentions``.
+            ``logits`` ``[B, S or logits_to_keep, V]`` in the compute dtype; ``loss`` (a float32 scalar, see
+            `language_model_loss`) if there are labels; and ``past_key_values``, ``hidden_states`` and ``attentions``.
 
         Raises:
             ValueError: As `TFMistralModel`; or a label lies outside the vocabulary.
         """
-        inputs = _inputs(locals())
+        inputs = _unpacked(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+        )
         labels = inputs.pop("labels")
         outputs = self.model(
             **inputs,
@@ -100,7 +114,7 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
         states = outputs.pop("last_hidden_state")
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         logits = project(states[:, -logits_to_keep:] if logits_to_keep else states, head)
-        loss = None if labels is None else language_model_loss(logits, labels)
+        loss = None if labels is None else language_model_loss(logits, labels, self.config.label_smoothing)
         return TFMistralOutput(loss=loss, logits=logits, **outputs)
 
     def generate(
@@ -116,23 +130,23 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
     ) -> Tensor:
         """Continue prompts.
 
-        The prompt is padded on the left to a power of two, so that prompts of similar lengths share a compiled program;
-        the tokens come from one compiled loop over the rolling buffer. A prompt may be longer than the window.
+        Prompts are padded on the left to a power of two: those of similar lengths share a compiled program. One
+        compiled loop over the rolling buffer computes the new tokens. A prompt may be longer than the window.
 
         Args:
             input_ids: ``[B, S]`` integers, rows padded on the left.
-            attention_mask: ``[B, S]``, zeros on the padding; None where there is none.
-            generation_config: In place of ``self.generation_config``.
-            seed: Of sampling; by default a new one every time, drawn from Python's `random`.
-            streamer: An object with `put` and `end`, as the library's `TextStreamer`: it is given the prompt, then
-                every token as it comes. Not with beams.
-            jit_compile: Compile with XLA; False runs the same loop as a plain TensorFlow graph.
+            attention_mask: ``[B, S]``, zeros on the padding; None without padding.
+            generation_config: Replaces ``self.generation_config``.
+            seed: For sampling; by default drawn from Python's `random` at each call.
+            streamer: An object with `put` and `end`, such as the library's `TextStreamer`: it receives the prompt,
+                then every token as it is chosen. Not with beams.
+            jit_compile: Whether to compile with XLA; False runs the same loop as a plain TensorFlow graph.
             **options: ``max_new_tokens``, ``max_length``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``min_p``, ``repetition_penalty``, ``num_beams``, ``length_penalty``, ``early_stopping``,
                 ``eos_token_id`` (one or several) and ``pad_token_id``, as in the library's `GenerationConfig`.
 
         Returns:
-            ``[B, S + new]`` int32: the prompt and its continuation; a row that has ended is filled up with padding.
+            ``[B, S + new]`` int32: the prompts and their continuations; rows that ended early are padded on the right.
 
         Raises:
             ValueError: Padding is not on the left, an id lies outside the vocabulary, or an option is unknown or has an
@@ -149,7 +163,7 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
         )
 
     def named_weights(self) -> dict[str, Any]:
-        """Variables by their Hugging Face names; a tied output layer is none of its own."""
+        """Variables by their Hugging Face names; a tied output layer has no entry."""
         names = {f"model.{name}": variable for name, variable in self.model.named_weights().items()}
         return names if self.lm_head is None else {**names, "lm_head.weight": self.lm_head.weight}
 
@@ -159,7 +173,7 @@ class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
     """A `TFMistralModel` with a linear layer on the last real token of every sequence.
 
     Args:
-        config: The configuration; ``num_labels`` and ``problem_type`` count.
+        config: The configuration, with ``num_labels`` and ``problem_type``.
         dtype: As of `TFMistralForCausalLM`.
         initializer: As of `TFMistralForCausalLM`.
     """
@@ -189,22 +203,30 @@ class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
     ) -> TFMistralOutput:
         """Classify whole sequences.
 
-        The last token that the attention mask marks as real counts, on whichever side the padding is; without a mask,
-        the last token that is not ``config.pad_token_id``.
+        The logits are those of the last token that the attention mask marks as real, on whichever side the padding is;
+        without a mask, of the last token that is not ``config.pad_token_id``.
 
         Args:
             input_ids: ``[B, S]`` token ids, or a dictionary of the tensors among these arguments.
-            attention_mask: See `TFMistralModel`; so are the other arguments that are not named here.
-            labels: ``[B]`` class ids, or ``[B, C]`` (``[B]`` if C is 1) targets; see `tf_losses.classification_loss`.
+            attention_mask: See `TFMistralModel`, also for the arguments that are not listed here.
+            labels: ``[B]`` class ids, or ``[B, C]`` (``[B]`` if C is 1) targets; see `classification_loss`.
 
         Returns:
-            ``logits`` ``[B, C]`` in the compute dtype, ``loss`` (a float32 scalar) if there are labels,
+            ``logits`` ``[B, C]`` in the compute dtype; ``loss`` (a float32 scalar) if there are labels; and
             ``past_key_values``, ``hidden_states`` and ``attentions``.
 
         Raises:
-            ValueError: As `TFMistralModel`; a batch has neither a mask nor a pad token; or the labels do not fit.
+            ValueError: As `TFMistralModel`; several sequences have neither a mask nor a pad token; or the labels do
+                not fit.
         """
-        inputs = _inputs(locals())
+        inputs = _unpacked(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+        )
         labels = inputs.pop("labels")
         outputs = self.model(
             **inputs,
@@ -220,7 +242,7 @@ class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
         return TFMistralOutput(loss=loss, logits=logits, **outputs)
 
     def _last_real_token(self, input_ids: Tensor | None, attention_mask: Tensor | None, states: Tensor) -> Tensor:
-        """Place of the last real token of every row, ``[B]``."""
+        """The index of the last real token of every row, ``[B]``."""
         batch, length = size(states, 0), size(states, 1)
         pad = self.config.pad_token_id
         if attention_mask is not None:
@@ -231,8 +253,9 @@ class TFMistralForSequenceClassification(TFMistralPreTrainedModel):
             return tf.fill([1], length - 1)
         else:
             raise ValueError(
-                f"Which of the {batch} sequences' tokens are padding is unknown: config.pad_token_id is {pad} and there"
-                " is no attention mask. Pass attention_mask, or set model.config.pad_token_id = tokenizer.pad_token_id."
+                f"It is unknown which tokens of the {batch} sequences are padding: config.pad_token_id is {pad} and"
+                " there is no attention mask. Pass attention_mask, or set"
+                " model.config.pad_token_id = tokenizer.pad_token_id."
             )
         return tf.argmax(tf.where(real, tf.range(1, length + 1), 0), axis=-1, output_type=tf.int32)
 
@@ -286,55 +309,63 @@ class TFMistralModel(TFMistralPreTrainedModel):
             input_ids: ``[B, S]`` token ids, or a dictionary of the tensors among these arguments.
             attention_mask: ``[B, S]``, nonzero for real tokens; columns of cached tokens may come before.
             position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
-                restart (without mask and cache) mark packed sequences, which do not see each other.
+                restart (without mask and cache) mark packed sequences, which do not see each other; outside of graphs,
+                no cache is kept of them.
             past_key_values: The cached tokens. Outside of graphs the buffers grow as needed; a graph, whose shapes are
-                fixed, needs a cache that was made with a sufficient `cache_capacity`.
+                fixed, needs a cache created with a sufficient `cache_capacity`.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
-            use_cache: Return a cache. By default a graph or a training step does not make one, but goes on with one
-                that it is given; otherwise ``config.use_cache`` says.
-            cache_capacity: Tokens that a new cache is to have room for (default: twice the prompt); it never holds more
-                than the window.
-            output_hidden_states: Return the embeddings, the output of every layer but the last, and the result.
-            output_attentions: Return the attention weights of every layer; needs memory of ``S * T``.
-            training: Whether attention weights are dropped.
+            use_cache: Whether to return a cache. By default a given cache is continued and a `cache_capacity` creates
+                one; without either, graphs and training steps return none, and other calls follow
+                ``config.use_cache``.
+            cache_capacity: Number of tokens that a new cache has room for, at most the window (default: twice the
+                prompt).
+            output_hidden_states: Whether to return the embeddings, the output of every layer but the last, and the
+                result.
+            output_attentions: Whether to return the attention weights of every layer, which takes memory of ``S * T``.
+            training: Whether to apply dropout to the attention weights.
 
         Returns:
             ``last_hidden_state`` ``[B, S, E]`` in the compute dtype, ``past_key_values``, ``hidden_states`` (a tuple of
             ``[B, S, E]``), and ``attentions`` (a tuple of ``[B, H, S, T]``).
 
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
-                does not cover the tokens; positions or a cache of another shape.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds` are given, an id lies outside the vocabulary,
+                the mask does not cover the tokens, positions or cache have another shape, or a dictionary of inputs
+                holds a tensor that the model does not take.
         """
-        inputs = _inputs(locals())
+        inputs = _unpacked(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+        )
         states, cache = self._embed(inputs["input_ids"], inputs["inputs_embeds"]), inputs["past_key_values"]
-        _check_shapes(states, inputs["position_ids"], cache)
         length, window = size(states, 1), self.config.sliding_window
+        layout = sequence_layout(states, inputs["attention_mask"], inputs["position_ids"], cache)
         if use_cache is None:
             eager = tf.executing_eagerly() and not training
             use_cache = (self.config.use_cache and eager) or cache_capacity is not None or cache is not None
+        use_cache = use_cache and not layout.packed
         if cache is not None and tf.executing_eagerly():
             cache = cache.grown_for(length, window)
-        real = _real_tokens(inputs["attention_mask"], states)
-        start = _start(real, states, cache)
-        positions = inputs["position_ids"]
-        segments = _segments(real, positions, states, cache)
         capacity = (cache_capacity or default_capacity(length)) if use_cache else None
-        plan = AttentionPlan(window, segments, cache, capacity)
-        cos, sin = self.rotary_emb(_positions(start, length, cache) if positions is None else positions)
-        collected, attentions, buffers = [states], [], []
+        context = attention_context(window, layout.segments, cache, capacity)
+        cos, sin = self.rotary_emb(layout.positions)
+        collected, attentions, buffers = [], [], []
         for layer in self.decoder_layers:
+            if output_hidden_states:
+                collected.append(states)
             states, weights, stored = layer(
-                states, cos, sin, plan=plan, weights_wanted=output_attentions, training=training
+                states, cos, sin, context=context, weights_wanted=output_attentions, training=training
             )
-            collected.append(states)
             attentions.append(weights)
             buffers.append(stored)
-        collected[-1] = states = self.norm(states)
+        states = self.norm(states)
         return TFMistralOutput(
             last_hidden_state=states,
-            past_key_values=plan.finished(buffers, start) if use_cache else None,
-            hidden_states=tuple(collected) if output_hidden_states else None,
+            past_key_values=context.updated_cache(buffers, layout.start) if use_cache else None,
+            hidden_states=(*collected, states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
 
@@ -362,77 +393,25 @@ class TFMistralModel(TFMistralPreTrainedModel):
         """Variables by their Hugging Face names, without a prefix."""
         names = {"embed_tokens.weight": self.embed_tokens.weight}
         for index, layer in enumerate(self.decoder_layers):
-            for name in _LAYER_WEIGHTS:
-                part = layer
-                for attribute in name.split("."):
-                    part = getattr(part, attribute)
-                names[f"layers.{index}.{name}.weight"] = part.weight
+            names |= {f"layers.{index}.{name}": attrgetter(name)(layer) for name in _LAYER_WEIGHTS}
         return {**names, "norm.weight": self.norm.weight}
 
 
-def _inputs(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The tensors among the arguments of `call`, those of a dictionary in the first place of them in their own."""
-    given = {name: arguments[name] for name in _INPUTS if name in arguments}
-    if isinstance(given["input_ids"], dict):
-        packed = given["input_ids"]
-        if unknown := sorted(packed.keys() - given.keys()):
-            raise ValueError(f"The inputs have a tensor {unknown[0]!r}, but the model takes {', '.join(given)}.")
-        given = {**given, "input_ids": None, **packed}
-    return {name: tf.constant(value) if isinstance(value, list) else value for name, value in given.items()}
+def _unpacked(input_ids: Any, **named: Any) -> dict[str, Any]:
+    """The tensors among the arguments of `call`, by name; lists become tensors.
 
+    Args:
+        input_ids: Token ids, or a dictionary of tensors by name, which take precedence over `named`.
+        **named: The other tensors.
 
-def _check_shapes(states: Tensor, positions: Tensor | None, cache: TFRollingCache | None) -> None:
-    """Raise where known shapes of ``[B, S, E]`` states, ``[B or 1, S]`` positions and a cache do not fit together."""
-    batch, length = states.shape[:2]
-    if positions is not None and not any(positions.shape.is_compatible_with([rows, length]) for rows in (1, batch)):
-        raise ValueError(
-            f"position_ids has shape {tuple(positions.shape)}, but there are {length} new tokens in {batch} rows: it"
-            " must be [batch or 1, tokens]."
-        )
-    if cache is not None and not cache.start.shape.is_compatible_with([batch]):
-        raise ValueError(
-            f"past_key_values holds {cache.start.shape[0]} rows, but the new tokens have {batch}: go on with the same"
-            " batch, or choose rows with past_key_values.gather_rows."
-        )
-
-
-def _real_tokens(attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
-    """``[B, S]`` boolean of the new tokens, or None without a mask."""
-    if attention_mask is None:
-        return None
-    (batch, length), covered = states.shape[:2], attention_mask.shape
-    if not covered.is_compatible_with([batch, None]) or (None not in (length, covered[1]) and covered[1] < length):
-        raise ValueError(
-            f"attention_mask has shape {tuple(covered)}, but there are {length} new tokens in {batch} rows:"
-            " it must be [batch, tokens], with a column for each of them, and may have those of cached tokens before."
-        )
-    return tf.cast(attention_mask[:, -size(states, 1) :], tf.bool)
-
-
-def _start(real: Tensor | None, states: Tensor, cache: TFRollingCache | None) -> Tensor:
-    """The column of a row's first real token, ``[B]``; as long as there is none, the next column."""
-    if real is None:
-        new = tf.zeros([size(states, 0)], tf.int32)
-    else:
-        first = tf.argmax(tf.cast(real, tf.int32), axis=1, output_type=tf.int32)
-        new = tf.where(tf.reduce_any(real, axis=1), first, size(states, 1))
-    if cache is None:
-        return new
-    return tf.where(cache.start < cache.seen, cache.start, cache.seen + new)
-
-
-def _positions(start: Tensor, length: Any, cache: TFRollingCache | None) -> Tensor:
-    """Positions ``[B, S]`` of the new tokens: a row's first real token has position 0."""
-    first = 0 if cache is None else cache.seen
-    return tf.maximum(first + tf.range(length) - start[:, None], 0)
-
-
-def _segments(real: Tensor | None, positions: Tensor | None, states: Tensor, cache: TFRollingCache | None) -> Tensor:
-    """``[B, S]`` int32: the number of the packed sequence that a token is in, or that of padding."""
-    shape = [size(states, 0), size(states, 1)]
-    if real is not None:
-        return tf.where(real, 0, PADDING)
-    if positions is None or cache is not None:
-        return tf.zeros(shape, tf.int32)
-    restarts = tf.cast(positions[:, 1:] - positions[:, :-1] != 1, tf.int32)
-    return tf.broadcast_to(tf.pad(tf.cumsum(restarts, axis=1), [[0, 0], [1, 0]]), shape)
+    Raises:
+        ValueError: The dictionary holds a tensor that the model does not take.
+    """
+    inputs = {"input_ids": input_ids, **named}
+    if isinstance(input_ids, dict):
+        if unknown := sorted(input_ids.keys() - inputs.keys()):
+            raise ValueError(
+                f"The inputs hold a tensor {unknown[0]!r}, but the model takes {', '.join(inputs)}: leave it out."
+            )
+        inputs = {**inputs, "input_ids": None, **input_ids}
+    return {name: tf.constant(value) if isinstance(value, list) else value for name, value in inputs.items()}

@@ -1,5 +1,6 @@
 """`generate` of the TensorFlow port gives the tokens of PyTorch's, compiled once for prompts of similar lengths."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,7 @@ def eagerly() -> Iterator[None]:
 
 
 def check_same(model: Any, inputs: Any, ported: Any = None, **options: Any) -> Any:
-    """Our tokens are those of PyTorch, without an ending token unless there is one among the options; returns them."""
+    """Check that both models generate the same tokens, which are returned; no token ends them unless one is given."""
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": [], **options}
     expected = model.generate(**inputs, **{**options, "eos_token_id": options["eos_token_id"] or None}).numpy()
     found = (ported or to_tf(model)).generate(**arrays(inputs), **options)
@@ -44,13 +45,13 @@ def check_same(model: Any, inputs: Any, ported: Any = None, **options: Any) -> A
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
-def test_greedy_tokens_are_pytorch_s(make_model: Any, padded: Any, window: int | None) -> None:
+def test_greedy_tokens_match_pytorch(make_model: Any, padded: Any, window: int | None) -> None:
     """Compiled, left-padded, prompts longer than the window, which wraps more than twice."""
     model = make_model(sliding_window=window, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     check_same(model, padded(7, 16), max_new_tokens=32)  # fills the programs' buckets, and without a window the buffer
 
 
-def test_a_trained_checkpoint_for_128_tokens() -> None:
+def test_128_greedy_tokens_of_a_trained_checkpoint_match_pytorch() -> None:
     model = MistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32).eval()
     ported = mistral_hf.TFMistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT)
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
@@ -61,19 +62,23 @@ def test_a_trained_checkpoint_for_128_tokens() -> None:
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_a_prompt_is_read_in_chunks(make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_in_chunks_gives_the_same_tokens(
+    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tf_generation, "CHUNK", 8)
     check_same(make_model(sliding_window=5), padded(30, 3), max_new_tokens=6)
 
 
-def test_a_compiled_prompt_in_chunks(make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_prompt_in_chunks_gives_the_same_tokens(
+    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tf_generation, "CHUNK", 16)
     check_same(make_model(sliding_window=5), padded(40, 17), max_new_tokens=6)
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_rows_end_by_themselves(make_model: Any, padded: Any) -> None:
-    """With several ending tokens; what has ended is padded, and all stop when the last one has."""
+def test_every_row_ends_at_its_own_ending_token(make_model: Any, padded: Any) -> None:
+    """With several ending tokens; rows that have ended are padded, and all stop when the last one has."""
     model = make_model(sliding_window=5)
     inputs = padded(7, 12, 4)
     free = model.generate(**inputs, do_sample=False, eos_token_id=None, **LENGTH)[:, 12:]
@@ -101,6 +106,21 @@ def test_programs_are_traced_once(make_model: Any, token_ids: Any) -> None:
     assert ported._generator.traces == 5
 
 
+def test_a_compiled_step_writes_its_slot_in_place(make_model: Any, token_ids: Any) -> None:
+    """Within the loop, nothing but a scatter makes a tensor as large as a layer's keys."""
+    ported = to_tf(make_model(sliding_window=7))
+    programs = tf_generation._Programs(ported, GenerationOptions(16, 0), True)
+    ids = tf.constant(token_ids(2, 16).int().numpy())
+    limit = tf.constant(16)
+    state = programs.prefill(ids, tf.ones_like(ids, tf.bool), limit, tf.constant(0, tf.int64))
+    assert state.cache.keys[0].shape == (2, 2, 7, 12)
+    text = programs.decode.experimental_get_compiler_ir(state, limit)(stage="optimized_hlo")
+    loop, _, _ = text.partition("\nENTRY ")  # which copies the arguments, once a call
+    made = set(re.findall(r"= f32\[2,2,7,12\]\S* ([a-z-]+)\(", loop))
+    assert "scatter" in made
+    assert made <= {"scatter", "fusion", "call", "parameter", "get-tuple-element", "bitcast"}
+
+
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize(
     "options",
@@ -112,7 +132,7 @@ def test_programs_are_traced_once(make_model: Any, token_ids: Any) -> None:
     ],
     ids=str,
 )
-def test_beam_search_is_pytorch_s(make_model: Any, padded: Any, options: dict[str, Any]) -> None:
+def test_beam_search_matches_pytorch(make_model: Any, padded: Any, options: dict[str, Any]) -> None:
     """Beams that end at different lengths, with two ending tokens."""
     model = make_model(sliding_window=5, initializer_range=0.1)
     inputs = padded(12, 12, 12)
@@ -123,40 +143,39 @@ def test_beam_search_is_pytorch_s(make_model: Any, padded: Any, options: dict[st
 
 @pytest.mark.usefixtures("eagerly")
 @pytest.mark.parametrize("early_stopping", [False, True])
-def test_beams_that_mostly_end(
+def test_a_search_whose_beams_mostly_end_stops_at_the_step_of_pytorch(
     make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch, early_stopping: bool
 ) -> None:
-    """Most candidates end, long sequences count for more, and the search gives up at the same step as PyTorch's."""
+    """Most candidates end, and the length penalty favours long sequences."""
     model = make_model(sliding_window=5)
     steps: list[str] = []
     model.register_forward_hook(lambda *_: steps.append("theirs"))
-    advance = tf_generation.BeamSearch.advance
-    monkeypatch.setattr(tf_generation.BeamSearch, "advance", lambda *args: steps.append("ours") or advance(*args))
+    choose = tf_generation.BeamSearch.choose_next
+    monkeypatch.setattr(tf_generation.BeamSearch, "choose_next", lambda *args: steps.append("ours") or choose(*args))
     options = {"eos_token_id": list(range(20, 99)), "length_penalty": 2.5, "early_stopping": early_stopping}
     check_same(model, padded(12, 12, 12), num_beams=3, max_new_tokens=12, pad_token_id=1, **options)
     assert 2 <= steps.count("ours") == steps.count("theirs") < 12
 
 
-def test_compiled_beam_search(make_model: Any, padded: Any) -> None:
+def test_compiled_beam_search_matches_pytorch(make_model: Any, padded: Any) -> None:
     model = make_model(sliding_window=5)
     check_same(model, padded(7, 12), num_beams=3, **LENGTH)
 
 
 @pytest.mark.usefixtures("eagerly")
-def test_repetition_penalty(make_model: Any, token_ids: Any) -> None:
-    """PyTorch's tokens; and padding, which is no token that was seen, changes nothing."""
+def test_the_repetition_penalty_matches_pytorch_and_does_not_count_padding(make_model: Any, token_ids: Any) -> None:
     model = make_model(sliding_window=5)
     ids = token_ids(2, 12)
     options = {"repetition_penalty": 1.8, "do_sample": False, "max_new_tokens": 10, "eos_token_id": []}
     ported = to_tf(model)
     found = check_same(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ported, **options)
-    first = int(found[0, 12])  # the padding's id, for which a penalty would be felt
+    first = int(found[0, 12])  # the padding's id: a penalty of it would change the tokens
     assert first not in ids[0]
     padded = np.pad(ids.numpy(), [(0, 0), (3, 0)], constant_values=first), np.pad(np.ones_like(ids), [(0, 0), (3, 0)])
     np.testing.assert_array_equal(ported.generate(*padded, **options)[:, 3:], found)
 
 
-def test_rules_of_sampling_are_the_library_s() -> None:
+def test_the_rules_of_sampling_match_transformers() -> None:
     logits = torch.randn(4, 99) * 1.5
     options = GenerationOptions(1, 0, do_sample=True, temperature=0.7, top_k=20, top_p=0.9, min_p=0.05)
     rules = [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)]
@@ -169,14 +188,18 @@ def test_rules_of_sampling_are_the_library_s() -> None:
     np.testing.assert_allclose(tf_logits.warped(tf.constant(logits.numpy()), options), expected, rtol=1e-6)
     all_of_them = GenerationOptions(1, 0, do_sample=True, top_k=100)
     np.testing.assert_array_equal(tf_logits.warped(tf.constant(logits.numpy()), all_of_them), logits)
+
+
+def test_penalized_scores_match_transformers() -> None:
+    logits = torch.randn(4, 99) * 1.5
     ids = torch.randint(99, (4, 12))
-    seen = torch.zeros(4, 99, dtype=torch.bool).scatter(1, ids, True)
-    penalized = tf_logits.penalized(tf.constant(logits.numpy()), tf.constant(seen.numpy()), 1.3)
+    previous_tokens = torch.zeros(4, 99, dtype=torch.bool).scatter(1, ids, True)
+    penalized = tf_logits.penalized(tf.constant(logits.numpy()), tf.constant(previous_tokens.numpy()), 1.3)
     np.testing.assert_allclose(penalized, RepetitionPenaltyLogitsProcessor(1.3)(ids, logits), rtol=1e-6)
 
 
-def test_sampling(make_model: Any, token_ids: Any) -> None:
-    """A seed repeats it, also by way of Python's own; each of three tokens comes as often as it should."""
+def test_a_seed_repeats_sampling_and_tokens_follow_their_probabilities(make_model: Any, token_ids: Any) -> None:
+    """Without a seed, Python's own repeats it."""
     ported = to_tf(make_model(num_hidden_layers=1, initializer_range=0.05))
     prompt = np.repeat(token_ids(1, 6).numpy(), 400, axis=0)
     options = {"do_sample": True, "max_new_tokens": 2, "top_k": 3, "temperature": 0.3}
@@ -199,16 +222,16 @@ def test_sampling(make_model: Any, token_ids: Any) -> None:
     assert (pairs[:, 0] == pairs[:, 1]).sum() < 20  # of 400, each with a chance of 1 in 99
 
 
-def test_tokens_come_as_often_as_they_should() -> None:
+def test_sampled_tokens_follow_their_probabilities() -> None:
     rows, chances = 20000, [0.7, 0.2, 0.1]
     logits = tf.repeat(tf.math.log([chances]), rows, axis=0)
-    search = tf_generation.Sampling(GenerationOptions(1, 0, do_sample=True))
-    drawn = search.result(search.begin(logits, None, None, None, tf.constant(0, tf.int64)))[:, 0]
+    strategy = tf_generation.Sampling(GenerationOptions(1, 0, do_sample=True))
+    drawn = strategy.result(strategy.choose_first(logits, None, None, None, tf.constant(0, tf.int64)))[:, 0]
     np.testing.assert_allclose(np.bincount(drawn) / rows, chances, atol=0.01)
 
 
 class Recorder:
-    """A streamer that keeps what it gets."""
+    """A streamer that keeps what it receives."""
 
     def __init__(self) -> None:
         self.parts: list[Any] = []
@@ -221,7 +244,9 @@ class Recorder:
         self.ended = True
 
 
-def test_streaming(make_model: Any, token_ids: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_streamer_receives_the_prompt_and_every_token(
+    make_model: Any, token_ids: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     ported = to_tf(make_model())
     prompt, recorder = token_ids(1, 6).numpy(), Recorder()
     options = {"do_sample": False, "max_new_tokens": 9}
@@ -243,7 +268,7 @@ def test_streaming(make_model: Any, token_ids: Any, tokenizer: Any, capsys: pyte
         ported.generate(prompt, streamer=recorder, num_beams=2)
 
 
-def test_what_is_refused(make_model: Any, padded: Any) -> None:
+def test_bad_prompts_and_unknown_options_are_refused(make_model: Any, padded: Any) -> None:
     ported = to_tf(make_model())
     with pytest.raises(ValueError, match="padding_side = 'left'"):
         ported.generate(**arrays(padded(7, 4, side="right")))
@@ -257,8 +282,8 @@ def test_what_is_refused(make_model: Any, padded: Any) -> None:
         ported.generate([[1, 2]], generation_config=GenerationConfig(typical_p=0.5))
 
 
-def test_low_precision(make_model: Any, token_ids: Any) -> None:
-    """Compiled generation in bfloat16 follows the model's own likeliest tokens."""
+def test_compiled_generation_in_bfloat16_follows_the_likeliest_tokens(make_model: Any, token_ids: Any) -> None:
+    """Within the rounding of the logits."""
     ported = to_tf(make_model(sliding_window=5, num_hidden_layers=1), "bfloat16")
     ids = ported.generate(token_ids(1, 9).numpy(), do_sample=False, max_new_tokens=8, eos_token_id=[])
     logits = tf.cast(ported(input_ids=ids).logits, tf.float32)[0, 8:-1]

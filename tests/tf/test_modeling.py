@@ -1,54 +1,23 @@
-"""The TensorFlow models compute what the PyTorch ones and the oracle do, layer by layer and whole."""
+"""The TensorFlow models compute what the PyTorch models and the oracle do."""
 
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import AutoTokenizer
-from transformers.activations import ACT2FN
 
 import mistral_hf
-from mistral_hf import BUNDLED_CHECKPOINT, MistralConfig, MistralForCausalLM
-from mistral_hf.modeling_mistral import MistralRotaryEmbedding
+from mistral_hf import BUNDLED_CHECKPOINT, MistralForCausalLM
 from tests.helpers import reference
-from tests.helpers.tf_models import arrays, tf, tf_attention, tf_layers, to_tf
+from tests.helpers.tf_models import arrays, assert_close, tf, to_tf
 
 WINDOWS = [1, 2, 5, None]
-CLOSE = {"rtol": 0, "atol": 2e-5}
-
-
-def close(found: Any, expected: Any, where: Any = ..., **tolerance: float) -> None:
-    np.testing.assert_allclose(
-        np.asarray(found)[where], np.asarray(expected)[where], **{**CLOSE, **tolerance}, equal_nan=False
-    )
-
-
-@pytest.mark.parametrize("part", ["norm", "mlp", "self_attn", "layer"])
-@torch.no_grad()
-def test_every_layer_is_pytorch_s(make_model: Any, part: str) -> None:
-    model = make_model("Model", sliding_window=3)
-    ported = to_tf(model)
-    x = torch.randn(2, 11, 32)
-    positions = torch.arange(11)[None]
-    plan = tf_attention.AttentionPlan(3, tf.zeros([2, 11], tf.int32), None, None)
-    cos, sin = ported.rotary_emb(tf.constant(positions.numpy()))
-    inputs = {"position_embeddings": model.rotary_emb(x, positions), "attention_mask": model.attention_mask(x)}
-    theirs, ours = model.layers[1], ported.decoder_layers[1]
-    if part == "norm":
-        close(ours.input_layernorm(x.numpy()), theirs.input_layernorm(x))
-    elif part == "mlp":
-        close(ours.mlp(x.numpy()), theirs.mlp(x))
-    elif part == "self_attn":
-        close(ours.self_attn(x.numpy(), cos, sin, plan=plan)[0], theirs.self_attn(x, **inputs)[0])
-    else:
-        close(ours(x.numpy(), cos, sin, plan=plan)[0], theirs(x, **inputs), atol=1e-4)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @torch.no_grad()
-def test_logits_are_the_oracle_s(make_model: Any, padded: Any, window: int | None) -> None:
+def test_logits_match_the_oracle(make_model: Any, padded: Any, window: int | None) -> None:
     """Left padding, theta other than 1e4, untied, a head_dim that is not hidden_size / heads."""
     theta = {"rope_type": "default", "rope_theta": 100.0}
     model = make_model(sliding_window=window, rope_parameters=theta)
@@ -56,34 +25,39 @@ def test_logits_are_the_oracle_s(make_model: Any, padded: Any, window: int | Non
     expected = reference.logits(dict(model.named_parameters()), model.config, **inputs)
     ported = to_tf(model)
     found = ported(**arrays(inputs)).logits
-    close(found, expected, inputs["attention_mask"].bool().numpy(), atol=1e-4)
+    assert_close(found, expected, inputs["attention_mask"].bool().numpy(), atol=1e-4)
 
 
 @torch.no_grad()
-def test_tied_embeddings_and_the_bare_model(make_model: Any, token_ids: Any) -> None:
+def test_a_model_with_tied_embeddings_matches_pytorch(make_model: Any, token_ids: Any) -> None:
     ids = token_ids(2, 13)
     tied = make_model(tie_word_embeddings=True)
     ported = to_tf(tied)
     assert "lm_head.weight" not in ported.named_weights()
-    close(ported(input_ids=ids.numpy()).logits, tied(ids).logits, atol=1e-4)
-    bare = make_model("Model")
-    close(to_tf(bare)(input_ids=ids.numpy()).last_hidden_state, bare(ids).last_hidden_state, atol=1e-4)
+    assert_close(ported(input_ids=ids.numpy()).logits, tied(ids).logits, atol=1e-4)
 
 
 @torch.no_grad()
-def test_a_trained_checkpoint() -> None:
-    """Within 3e-4 of PyTorch, four windows long."""
+def test_a_model_without_a_head_matches_pytorch(make_model: Any, token_ids: Any) -> None:
+    ids = token_ids(2, 13)
+    bare = make_model("Model")
+    assert_close(to_tf(bare)(input_ids=ids.numpy()).last_hidden_state, bare(ids).last_hidden_state, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_trained_checkpoint_matches_pytorch() -> None:
+    """Within 3e-4, four windows long."""
     model = MistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32).eval()
     text = (BUNDLED_CHECKPOINT / "heldout.txt").read_text()[:4000]
     ids = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)(text, return_tensors="pt")["input_ids"][:, :512]
     assert ids.shape == (1, 512)
     ported = mistral_hf.TFMistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT)
-    close(ported(input_ids=ids.numpy()).logits, model(ids).logits, atol=3e-4)
+    assert_close(ported(input_ids=ids.numpy()).logits, model(ids).logits, atol=3e-4)
 
 
 @pytest.mark.parametrize("capacity", [3, 16])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_cached_is_uncached(make_model: Any, padded: Any, window: int | None, capacity: int) -> None:
+def test_cached_matches_uncached(make_model: Any, padded: Any, window: int | None, capacity: int) -> None:
     """In chunks of several and of single tokens, across the wrap at least twice; a null window's buffer doubles."""
     ported = to_tf(make_model("Model", sliding_window=window))
     inputs = arrays(padded(21, 24, 15))
@@ -98,14 +72,14 @@ def test_cached_is_uncached(make_model: Any, padded: Any, window: int | None, ca
         cache = outputs.past_key_values
         parts.append(outputs.last_hidden_state)
         slots.add(cache.slots)
-    assert int(cache.seen) == 24
+    assert int(cache.length) == 24
     assert slots == {(3, None): {3, 6, 12, 24}, (16, None): {16, 32}}.get((capacity, window), slots)
     assert window is None or cache.slots == window
-    close(tf.concat(parts, axis=1), whole.last_hidden_state, mask.astype(bool), atol=5e-5)
+    assert_close(tf.concat(parts, axis=1), whole.last_hidden_state, mask.astype(bool), atol=5e-5)
 
 
-def test_positions_are_those_of_a_row(make_model: Any, padded: Any) -> None:
-    """A row's first real token has position 0, however much padding there is, and in whichever chunk it comes."""
+def test_the_first_real_token_of_a_row_has_position_zero(make_model: Any, padded: Any) -> None:
+    """However much padding there is, and in whichever chunk the token comes."""
     ported = to_tf(make_model("Model", sliding_window=None))
     inputs = arrays(padded(9, 4))
     alone = ported(input_ids=inputs["input_ids"][1:, 5:], cache_capacity=4).past_key_values
@@ -114,29 +88,11 @@ def test_positions_are_those_of_a_row(make_model: Any, padded: Any) -> None:
         chunk = {name: array[columns] for name, array in inputs.items()}
         cache = ported(**chunk, past_key_values=cache, cache_capacity=9).past_key_values
     for ours, theirs in zip(cache.keys, alone.keys, strict=True):
-        close(ours[1:, :, 5:], theirs, atol=5e-5)
+        assert_close(ours[1:, :, 5:], theirs, atol=5e-5)
 
 
-@pytest.mark.parametrize("window", [1, 5, 40, None])
-@pytest.mark.parametrize("length", [8, 23])
-def test_blocks_of_queries(
-    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch, window: int | None, length: int
-) -> None:
-    """Whether a prompt is attended at once or in blocks, with or without a cache before it, the result is the same."""
-    ported = to_tf(make_model("Model", sliding_window=window))
-    inputs = arrays(padded(length, length - 3))
-    real = inputs["attention_mask"].astype(bool)
-    more = {"input_ids": inputs["input_ids"], "attention_mask": np.ones_like(inputs["input_ids"])}
-    first = ported(**inputs, use_cache=True)
-    second = ported(**more, past_key_values=first.past_key_values)
-    monkeypatch.setattr(tf_attention, "BLOCK", 4)
-    again = ported(**inputs, use_cache=True)
-    close(again.last_hidden_state, first.last_hidden_state, real)
-    close(ported(**more, past_key_values=again.past_key_values).last_hidden_state, second.last_hidden_state)
-
-
-def test_unknown_lengths(make_model: Any, padded: Any) -> None:
-    """One trace serves all batches and lengths, with a cache or without one."""
+def test_one_trace_serves_all_batches_and_lengths(make_model: Any, padded: Any) -> None:
+    """With a cache and without one."""
     ported = to_tf(make_model("Model", sliding_window=5))
     shape = tf.TensorSpec([None, None], tf.int32)
     traced = tf.function(
@@ -147,152 +103,99 @@ def test_unknown_lengths(make_model: Any, padded: Any) -> None:
         inputs = {name: tensor.int().numpy() for name, tensor in padded(*lengths).items()}
         found, expected = traced(*inputs.values()), ported(**inputs)
         where = inputs["attention_mask"].astype(bool)
-        close(found["last_hidden_state"], expected.last_hidden_state, where)
-        close(found["past_key_values"].keys[1], expected.past_key_values.keys[1])
+        assert_close(found["last_hidden_state"], expected.last_hidden_state, where)
+        assert_close(found["past_key_values"].keys[1], expected.past_key_values.keys[1])
     assert traced.experimental_get_tracing_count() == 1
 
 
-def test_no_mask_is_as_long_as_it_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor of a long prompt's attention has S * S elements."""
-    monkeypatch.setattr(tf_attention, "BLOCK", 16)
-    length, head_dim = 512, 4
-
-    @tf.function(autograph=False)
-    def attend(states: Any) -> Any:
-        plan = tf_attention.AttentionPlan(8, tf.zeros([1, length], tf.int32), None, None)
-        return plan.attend(states, states, states, lambda weights, number: weights, False)[0]
-
-    graph = attend.get_concrete_function(tf.TensorSpec([1, 1, length, head_dim])).graph
-    definition = graph.as_graph_def(add_shapes=True)
-    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
-    sizes = [
-        int(np.prod([dim.size for dim in shape.dim]))
-        for node in nodes
-        for shape in node.attr["_output_shapes"].list.shape
-        if all(dim.size > 0 for dim in shape.dim)
-    ]
-    assert length * head_dim <= max(sizes) < length * length / 8
-
-
 @torch.no_grad()
-def test_packed_sequences(make_model: Any, token_ids: Any) -> None:
-    """Positions that restart, even after one token, begin a sequence that does not see the one before."""
+def test_packed_sequences_do_not_see_each_other(make_model: Any, token_ids: Any) -> None:
+    """Positions that restart, even after one token, begin a sequence."""
     model = make_model(sliding_window=5)
     ids = token_ids(2, 14)
     positions = torch.tensor([[*range(5), 0, *range(8)]])
     found = to_tf(model)(input_ids=ids.numpy(), position_ids=positions.numpy()).logits
-    close(found, model(ids, position_ids=positions).logits, atol=1e-4)
-    close(found[:, 6:], model(ids[:, 6:]).logits, atol=1e-4)
+    assert_close(found, model(ids, position_ids=positions).logits, atol=1e-4)
+    assert_close(found[:, 6:], model(ids[:, 6:]).logits, atol=1e-4)
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions(make_model: Any, padded: Any) -> None:
+def test_no_cache_is_kept_of_packed_sequences(make_model: Any, token_ids: Any) -> None:
+    """What continued from it would see sequences that it is not part of; PyTorch keeps none either."""
+    model, ids = make_model(), token_ids(2, 9)
+    ported = to_tf(model)
+    for positions, kept in ((torch.arange(9)[None], True), (torch.tensor([[*range(5), *range(4)]]), False)):
+        outputs = ported(input_ids=ids.numpy(), position_ids=positions.numpy(), use_cache=True)
+        assert (outputs.past_key_values is not None) == kept
+        assert (model(ids, position_ids=positions, use_cache=True).past_key_values is not None) == kept
+
+
+@torch.no_grad()
+def test_hidden_states_and_attentions_match_pytorch(make_model: Any, padded: Any) -> None:
     model = make_model(implementation="eager", sliding_window=5)
     inputs = padded(12, 7)
     wanted = {"output_hidden_states": True, "output_attentions": True}
     expected = model(**inputs, **wanted)
     outputs = to_tf(model)(arrays(inputs), **wanted)
+    real = inputs["attention_mask"].bool().numpy()
+    for ours, theirs in zip(outputs.hidden_states, expected.hidden_states, strict=True):
+        assert_close(ours, theirs, real, atol=1e-4)
+    for ours, theirs in zip(outputs.attentions, expected.attentions, strict=True):
+        assert ours.shape == theirs.shape == (2, 4, 12, 12)
+        assert_close(np.swapaxes(ours, 1, 2), theirs.transpose(1, 2), real)
+
+
+def test_fields_that_were_not_requested_are_absent_as_keys_and_none_as_attributes(
+    make_model: Any, token_ids: Any
+) -> None:
+    outputs = to_tf(make_model())(token_ids(2, 5).numpy(), output_hidden_states=True, output_attentions=True)
     assert list(outputs) == ["logits", "past_key_values", "hidden_states", "attentions"]
     assert outputs["logits"] is outputs.logits
     assert outputs.loss is None
-    with pytest.raises(AttributeError, match="no 'logit'; it has logits"):
+    with pytest.raises(AttributeError, match="no field 'logit'; it has logits"):
         outputs.logit  # noqa: B018
-    real = inputs["attention_mask"].bool().numpy()
-    for ours, theirs in zip(outputs.hidden_states, expected.hidden_states, strict=True):
-        close(ours, theirs, real, atol=1e-4)
-    for ours, theirs in zip(outputs.attentions, expected.attentions, strict=True):
-        assert ours.shape == theirs.shape == (2, 4, 12, 12)
-        close(np.swapaxes(ours, 1, 2), theirs.transpose(1, 2), real)
 
 
-@torch.no_grad()
-def test_embeddings_in_place_of_ids(make_model: Any, token_ids: Any) -> None:
-    model = make_model("Model")
-    ported, ids = to_tf(model), token_ids(2, 9).numpy()
+def test_embeddings_can_take_the_place_of_ids(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model("Model")), token_ids(2, 9).numpy()
     embeds = tf.gather(ported.embed_tokens.weight.value, ids)
-    close(ported(inputs_embeds=embeds).last_hidden_state, ported(input_ids=ids).last_hidden_state)
+    assert_close(ported(inputs_embeds=embeds).last_hidden_state, ported(input_ids=ids).last_hidden_state)
     for inputs in ({}, {"input_ids": ids, "inputs_embeds": embeds}):
         with pytest.raises(ValueError, match=r"Pass exactly one of input_ids and inputs_embeds, not (neither|both)"):
             ported(**inputs)
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-@torch.no_grad()
-def test_rotary_types(rope_parameters: Any, tiny: Any, kind: str) -> None:
-    """Far positions too, where a cosine in float32 needs a careful reduction of its argument."""
-    config = MistralConfig(**tiny(rope_parameters=rope_parameters(kind)))
-    positions = torch.tensor([[0, 1, 7, 63, 64, 1000, 30000]])
-    cos, sin = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
-    turned = tf.function(tf_layers.RotaryEmbedding(config), jit_compile=True)(tf.constant(positions.numpy()))
-    close(tf.concat([turned[0], turned[0]], -1), cos, atol=5e-3)
-    close(tf.concat([-turned[1], turned[1]], -1), sin, atol=5e-3)
-    near = np.s_[:, :, :5]
-    close(tf.concat([turned[0], turned[0]], -1), cos, near, atol=2e-5)
-    close(tf.concat([-turned[1], turned[1]], -1), sin, near, atol=2e-5)
-
-
-def test_rotary_types_that_are_not_there(rope_parameters: Any, tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"dynamic.*default, linear, llama3"):
-        mistral_hf.TFMistralModel(MistralConfig(**tiny(rope_parameters=rope_parameters("dynamic"))))
-
-
-@pytest.mark.parametrize("name", sorted(tf_layers._ACTIVATIONS))
-def test_activations(name: str) -> None:
-    x = torch.linspace(-8, 8, 101)
-    theirs = ACT2FN[name]
-    assert isinstance(theirs, nn.Module)
-    close(tf_layers.activation(name)(tf.constant(x.numpy())), theirs(x), atol=5e-5)
-
-
-def test_activations_that_are_not_there(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"hidden_act='laplace' is not among .*silu"):
-        mistral_hf.TFMistralModel(MistralConfig(**tiny(hidden_act="laplace")))
-
-
-@torch.no_grad()
-def test_language_model_loss(make_model: Any, token_ids: Any) -> None:
-    model = make_model()
-    ids = token_ids(3, 10)
-    labels = torch.where(torch.rand(3, 10) < 0.3, -100, ids)
-    outputs = to_tf(model)({"input_ids": ids.numpy(), "labels": labels.numpy()})
-    close(outputs.loss, model(ids, labels=labels).loss, atol=1e-5)
-    last = to_tf(model)(input_ids=ids.numpy(), logits_to_keep=2).logits
-    close(last, outputs.logits[:, -2:])
+def test_logits_to_keep_are_those_of_the_last_positions(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model()), token_ids(3, 10).numpy()
+    assert_close(ported(input_ids=ids, logits_to_keep=2).logits, ported(input_ids=ids).logits[:, -2:])
 
 
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float16"])
-def test_low_precision(make_model: Any, token_ids: Any, policy: str) -> None:
-    """Logits within what the dtype can tell apart; norms and softmax are computed in float32."""
+def test_logits_in_low_precision_are_exact_within_what_the_dtype_can_tell_apart(
+    make_model: Any, token_ids: Any, policy: str
+) -> None:
+    """Norms and softmax are computed in float32."""
     model = make_model(initializer_range=0.05)
     ids = token_ids(2, 20).numpy()
     exact, ported = to_tf(model)(input_ids=ids).logits.numpy(), to_tf(model, policy)
     found = ported(input_ids=ids).logits
     assert found.dtype == {"float16": tf.float16}.get(policy, tf.bfloat16)
     assert ported.lm_head.weight.dtype == {"mixed_bfloat16": "float32"}.get(policy, policy)
-    close(tf.cast(found, tf.float32), exact, atol=(0.002 if policy == "float16" else 0.02) * np.abs(exact).max())
+    tolerance = (0.002 if policy == "float16" else 0.02) * np.abs(exact).max()
+    assert_close(tf.cast(found, tf.float32), exact, atol=tolerance)
 
 
-def test_rounding_in_low_precision() -> None:
-    """Rotary embeddings and softmax round once, at the end, also far away and over many keys."""
-    config = MistralConfig(head_dim=12)
-    states = tf.cast(tf.random.stateless_normal([1, 2, 3, 12], [0, 1]), tf.bfloat16)
-    cos, sin = tf_layers.RotaryEmbedding(config)(tf.constant([[3, 70, 9000]]))
-    exact = tf_layers.apply_rotary(tf.cast(states, tf.float32), cos, sin)
-    np.testing.assert_array_equal(tf_layers.apply_rotary(states, cos, sin), tf.cast(exact, tf.bfloat16))
-    q = tf.cast(tf.random.stateless_normal([1, 1, 4, 8], [0, 2]), tf.bfloat16)
-    k = tf.cast(tf.random.stateless_normal([1, 1, 700, 8], [0, 3]), tf.bfloat16)
-    _, weights = tf_attention.mix(q, k, k, tf.ones([1, 4, 700], tf.bool), lambda weights, number: weights, 0)
-    scores = tf.matmul(q * 8**-0.5, k, transpose_b=True)
-    np.testing.assert_array_equal(weights, tf.cast(tf.nn.softmax(tf.cast(scores, tf.float32)), tf.bfloat16))
-
-
-def test_bad_input(make_model: Any, token_ids: Any) -> None:
+def test_ids_outside_the_vocabulary_or_of_another_kind_are_refused(make_model: Any, token_ids: Any) -> None:
     ported, ids = to_tf(make_model()), token_ids(2, 5).numpy()
     with pytest.raises(ValueError, match=r"input_ids span \[1, 99\], but must lie in \[0, 99\)"):
         ported(input_ids=np.array([[1, 99]]))
     for wrong in (ids[0], ids / 1.0):
         with pytest.raises(ValueError, match=r"input_ids is .*; it must be integers \[batch, tokens\]"):
             ported(input_ids=wrong)
+
+
+def test_masks_positions_and_caches_of_another_shape_are_refused(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model()), token_ids(2, 5).numpy()
     for shape in ((2, 4), (3, 5), (5,)):
         with pytest.raises(ValueError, match=r"attention_mask has shape .*, but there are 5 new tokens in 2 rows"):
             ported(input_ids=ids, attention_mask=np.ones(shape))
@@ -301,9 +204,21 @@ def test_bad_input(make_model: Any, token_ids: Any) -> None:
             ported(input_ids=ids, position_ids=np.ones(shape, int))
     with pytest.raises(ValueError, match="past_key_values holds 2 rows, but the new tokens have 1"):
         ported(input_ids=ids[:1], past_key_values=ported(input_ids=ids).past_key_values)
-    close(ported(input_ids=ids.tolist()).logits, ported(input_ids=ids).logits)
+
+
+def test_inputs_may_be_lists_or_a_dictionary_of_known_names(make_model: Any, padded: Any) -> None:
+    """Lists as keywords; what the dictionary holds takes precedence over an argument of the same name."""
+    ported, inputs = to_tf(make_model()), arrays(padded(5, 3))
+    expected = ported(**inputs).logits
+    assert_close(ported(**{name: array.tolist() for name, array in inputs.items()}).logits, expected)
+    assert_close(ported(inputs).logits, expected)
+    assert_close(ported(inputs, attention_mask=np.ones((2, 5))).logits, expected)
     with pytest.raises(ValueError, match="a tensor 'token_type_ids', but the model takes input_ids"):
-        ported({"input_ids": ids, "token_type_ids": ids})
+        ported({**inputs, "token_type_ids": inputs["input_ids"]})
+
+
+def test_labels_outside_the_vocabulary_or_of_another_kind_are_refused(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model()), token_ids(2, 5).numpy()
     with pytest.raises(ValueError, match=r"labels hold 120, but must lie in \[0, 99\)"):
         ported(input_ids=ids, labels=np.where(ids == ids[1, 3], 120, ids))
     with pytest.raises(ValueError, match="labels of shape"):
@@ -322,8 +237,8 @@ LABELS = {
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("problem", LABELS)
 @torch.no_grad()
-def test_classification(make_model: Any, padded: Any, problem: str, side: str) -> None:
-    """Logits and loss are PyTorch's, by the attention mask and by the pad token; the problem is inferred."""
+def test_classification_matches_pytorch(make_model: Any, padded: Any, problem: str, side: str) -> None:
+    """Logits and loss, by the attention mask and by the pad token; the problem is inferred from the labels."""
     count, labels = LABELS[problem]
     model = make_model("ForSequenceClassification", num_labels=count)
     inputs = padded(9, 4, 12, side=side)
@@ -331,22 +246,27 @@ def test_classification(make_model: Any, padded: Any, problem: str, side: str) -
     ported = to_tf(model)
     batch = arrays(inputs)
     found = ported({**batch, "labels": labels.numpy()})
-    close(found.logits, expected.logits, atol=1e-4)
-    close(found.loss, expected.loss, atol=1e-4)
+    assert_close(found.logits, expected.logits, atol=1e-4)
+    assert_close(found.loss, expected.loss, atol=1e-4)
     if side == "right":
-        close(ported(input_ids=batch["input_ids"]).logits, expected.logits, atol=1e-4)
+        assert_close(ported(input_ids=batch["input_ids"]).logits, expected.logits, atol=1e-4)
     model.config.problem_type = "no_such_problem"
     with pytest.raises(ValueError, match=r"problem_type='no_such_problem' must be one of regression"):
         ported({**batch, "labels": labels.numpy()})
 
 
-def test_classification_of_what_may_be_padding(make_model: Any, token_ids: Any) -> None:
+def test_several_sequences_without_a_mask_or_a_pad_token_are_refused(make_model: Any, token_ids: Any) -> None:
+    """A single one is taken as it is."""
     ported = to_tf(make_model("ForSequenceClassification", pad_token_id=None, num_labels=2))
     ids = token_ids(2, 5).numpy()
     with pytest.raises(ValueError, match=r"config\.pad_token_id is None and there is no attention mask"):
         ported(input_ids=ids)
     one = ported(input_ids=ids[:1]).logits
-    close(one, ported(input_ids=ids[:1], attention_mask=np.ones((1, 5))).logits)
-    with pytest.raises(ValueError, match=r"do not fit multi_label_classification with num_labels=2"):
-        ported(input_ids=ids[:1], labels=np.zeros((1, 3), np.float32))
+    assert_close(one, ported(input_ids=ids[:1], attention_mask=np.ones((1, 5))).logits)
     assert type(ported) is mistral_hf.TFMistralForSequenceClassification
+
+
+def test_targets_of_another_shape_are_refused(make_model: Any, token_ids: Any) -> None:
+    ported = to_tf(make_model("ForSequenceClassification", num_labels=2))
+    with pytest.raises(ValueError, match=r"do not fit multi_label_classification with num_labels=2"):
+        ported(input_ids=token_ids(1, 5).numpy(), labels=np.zeros((1, 3), np.float32))

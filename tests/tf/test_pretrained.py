@@ -1,4 +1,4 @@
-"""The TensorFlow port reads and writes the checkpoints of PyTorch, and needs neither PyTorch nor anything on import."""
+"""The TensorFlow port reads and writes the checkpoints of PyTorch; it needs no PyTorch, and is imported on use."""
 
 import json
 from pathlib import Path
@@ -26,10 +26,10 @@ def state(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_there_and_back(
+def test_pytorch_reads_the_same_bits_after_a_round_trip(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, tied: bool
 ) -> None:
-    """Sharded in, sharded out: ours and the library's model load the same bits, and config and defaults come along."""
+    """Sharded in, sharded out, for our model and the library's; the configuration and the defaults are kept."""
     monkeypatch.setattr(tf_pretrained, "_ROWS", 20)
     model = make_model(tie_word_embeddings=tied, sliding_window=5).to(DTYPES[dtype])
     model.generation_config.repetition_penalty = 1.5
@@ -54,8 +54,8 @@ def test_there_and_back(
     assert json.loads((tmp_path / "one/config.json").read_text())["architectures"] == ["MistralForCausalLM"]
 
 
-def test_dtypes(checkpoint: Path, token_ids: Any) -> None:
-    """Keras's global policy holds unless another is given; fields of the configuration can be changed."""
+def test_the_dtype_is_the_global_policy_unless_another_is_given(checkpoint: Path) -> None:
+    """Fields of the configuration can be changed too."""
     load = mistral_hf.TFMistralForCausalLM.from_pretrained
     exact = load(checkpoint)
     assert (exact.variable_dtype, exact.compute_dtype) == ("float32", "float32")
@@ -77,8 +77,10 @@ def test_dtypes(checkpoint: Path, token_ids: Any) -> None:
 
 
 @torch.no_grad()
-def test_other_heads(checkpoint: Path, token_ids: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A head that is missing is made anew, with a warning; one that has no place is named; the decoder is the same."""
+def test_a_checkpoint_of_another_head_loads_with_a_warning(
+    checkpoint: Path, token_ids: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing head is newly initialised, an unexpected one is named; the decoder is the same."""
     ids = token_ids(2, 9)
     classifier, info = mistral_hf.TFMistralForSequenceClassification.from_pretrained(
         checkpoint, num_labels=3, output_loading_info=True
@@ -99,7 +101,7 @@ def test_other_heads(checkpoint: Path, token_ids: Any, tmp_path: Path, caplog: p
     np.testing.assert_allclose(classifier(arrays(inputs)).logits, theirs(**inputs).logits, atol=1e-4)
 
 
-def test_what_does_not_belong_together(checkpoint: Path, tmp_path: Path) -> None:
+def test_folders_whose_weights_and_configuration_do_not_fit_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     load = mistral_hf.TFMistralForCausalLM.from_pretrained
     with pytest.raises(CheckpointError, match=r"lacks 9 weights .* model\.layers\.2\.input_layernorm"):
         load(checkpoint, num_hidden_layers=3)
@@ -113,13 +115,15 @@ def test_what_does_not_belong_together(checkpoint: Path, tmp_path: Path) -> None
     (checkpoint / "config.json").rename(tmp_path / "config.json")
     with pytest.raises(FileNotFoundError, match=r"has weights but no config\.json"):
         load(checkpoint)
-    (tmp_path / "config.json").rename(checkpoint / "config.json")
-    for unknown in ("torch_dtype", "device_map"):
-        with pytest.raises(ValueError, match=rf"no argument '{unknown}', .* it takes dtype"):
-            load(checkpoint, **{unknown: "auto"})
 
 
-def test_saving_replaces_a_checkpoint_only(make_model: Any, checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unknown", ["torch_dtype", "device_map"])
+def test_unknown_arguments_are_refused(checkpoint: Path, unknown: str) -> None:
+    with pytest.raises(ValueError, match=rf"no argument '{unknown}', .* it takes dtype"):
+        mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint, **{unknown: "auto"})
+
+
+def test_saving_replaces_nothing_but_a_checkpoint(make_model: Any, checkpoint: Path, tmp_path: Path) -> None:
     ported = to_tf(make_model(seed=1))
     (checkpoint / "tokenizer.json").write_text("{}")
     ported.save_pretrained(checkpoint, max_shard_size="10KB")
@@ -135,7 +139,9 @@ def test_saving_replaces_a_checkpoint_only(make_model: Any, checkpoint: Path, tm
         ported.save_pretrained(checkpoint, safe_serialization=False)
 
 
-def test_uploading(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_uploads_the_folder_under_its_name_or_the_given_one(
+    make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ported = to_tf(make_model())
     calls = []
     monkeypatch.setattr(type(ported), "push_to_hub", lambda self, *args, **kwargs: calls.append((args, kwargs)))
@@ -144,7 +150,7 @@ def test_uploading(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls == [(("mine",), {"private": True}), (("me/other",), {})]
 
 
-def test_importing_is_lazy_and_the_extra_is_named() -> None:
+def test_the_import_is_lazy_and_an_error_names_the_extra() -> None:
     code = """
 import mistral_hf
 print(sorted({"tensorflow", "keras", "h5py"} & sys.modules.keys()))
@@ -154,7 +160,7 @@ for name in ("TFMistralModel", "TFMistralForCausalLM", "TFMistralForSequenceClas
     except ImportError as error:
         print(error)
 """
-    first, *errors = run_python(code, "torch tensorflow").splitlines()
+    first, *errors = run_python(code, ("torch", "tensorflow")).splitlines()
     assert first == "[]"
     assert len(errors) == 3
     expected = "mistral_hf.TFMistralModel needs tensorflow, which is not installed: pip install 'mistral_hf[tf]'"
@@ -169,11 +175,11 @@ try:
 except ImportError as error:
     print(error)
 """
-    found = run_python(code, "torch", KERAS_BACKEND="numpy")
+    found = run_python(code, ("torch",), KERAS_BACKEND="numpy")
     assert "its backend is 'numpy'. Set the environment variable KERAS_BACKEND=tensorflow before" in found
 
 
-def test_without_torch() -> None:
+def test_generation_works_without_torch() -> None:
     code = f"""
 import mistral_hf
 model = mistral_hf.TFMistralForCausalLM.from_pretrained({str(BUNDLED_CHECKPOINT)!r})
@@ -182,4 +188,4 @@ assert "torch" not in sys.modules
 """
     model = mistral_hf.MistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32)
     expected = model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=5)
-    assert run_python(code, "torch").split() == [str(token) for token in expected[0].tolist()]
+    assert run_python(code, ("torch",)).split() == [str(token) for token in expected[0].tolist()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -17,33 +17,46 @@ from transformers import GenerationConfig
 from ..generation_options import GenerationOptions, check_prompt, generation_options, round_up_to_bucket
 from .beam_search import BeamSearch
 from .cache import TFRollingCache
-from .logits import is_any, marked, penalized, warped
+from .logits import is_end, penalized, tokens_of_prompts, warped, with_tokens
+from .shapes import Tensor
 
-Tensor: TypeAlias = Any
-CHUNK = 1024  # tokens of a prompt that are read at once; a power of two
+CHUNK = 1024  # tokens of a prompt that are processed together; a power of two
 
 
-class Search(Protocol):
-    """How tokens are chosen. States are nests of tensors of fixed shapes, with a field ``step``: tokens so far."""
+class Strategy(Protocol):
+    """How tokens are chosen.
 
-    def begin(self, logits: Tensor, cache: TFRollingCache, seen: Tensor, limit: Tensor, seed: Tensor) -> Any:
-        """The state after the first tokens, from the ``[B, V]`` float32 logits of the prompts' last tokens."""
+    States are nests of tensors of fixed shapes, with a field ``step``: the number of new tokens so far.
+    """
 
-    def advance(self, state: Any, logits: Tensor, cache: TFRollingCache) -> Any:
-        """The state after the next tokens, from ``[R, V]`` logits."""
+    def choose_first(
+        self, logits: Tensor, cache: TFRollingCache, previous_tokens: Tensor, limit: Tensor, seed: Tensor
+    ) -> Any:
+        """The state after the first new tokens.
+
+        Args:
+            logits: ``[B, V]`` float32, of the prompts' last tokens.
+            cache: Of the prompts.
+            previous_tokens: ``[B, V]`` boolean, the tokens of the prompts.
+            limit: Scalar int32, the number of new tokens that `generate` returns at most.
+            seed: Scalar int64.
+        """
+
+    def choose_next(self, state: Any, logits: Tensor, cache: TFRollingCache) -> Any:
+        """The state after the next tokens, from the logits ``[R, V]`` of the last ones and the cache with them."""
 
     def inputs(self, state: Any) -> tuple[Tensor, TFRollingCache]:
-        """The last tokens ``[R]``, and what came before them."""
+        """The last tokens ``[R]``, and the cache of the tokens before them."""
 
     def running(self, state: Any) -> Tensor:
-        """A scalar: whether there is more to choose."""
+        """A boolean scalar: whether there are more tokens to choose."""
 
     def result(self, state: Any) -> Tensor:
         """The new tokens ``[B, new]``; outside of graphs."""
 
 
 class Generator:
-    """Runs `generate` for one model, and keeps what it compiled."""
+    """Runs `generate` for one model and keeps the compiled programs."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -51,8 +64,8 @@ class Generator:
 
     @property
     def traces(self) -> int:
-        """How many programs were traced and compiled so far."""
-        return sum(program.traces for program in self._programs.values())
+        """Number of programs traced and compiled so far."""
+        return sum(programs.traces for programs in self._programs.values())
 
     def generate(
         self,
@@ -69,49 +82,53 @@ class Generator:
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)
         chosen = generation_options(self._model.generation_config, ids.shape[1], generation_config, **options)
         if streamer is not None and chosen.num_beams > 1:
-            raise ValueError(f"num_beams={chosen.num_beams} cannot be streamed: beams change until the end.")
+            raise ValueError(
+                f"num_beams={chosen.num_beams} cannot be streamed, as beams change until the end: leave streamer out,"
+                " or pass num_beams=1."
+            )
         limit = chosen.max_new_tokens
+        # Prompts and numbers of new tokens are rounded up, to share compiled programs.
         key = replace(chosen, max_new_tokens=round_up_to_bucket(limit)), jit_compile
         programs = self._programs.get(key) or self._programs.setdefault(key, _Programs(self._model, *key))
         fill = round_up_to_bucket(ids.shape[1]) - ids.shape[1]
         padded = np.pad(ids, [(0, 0), (fill, 0)])
         mask = np.pad(real, [(0, 0), (fill, 0)])
-        seed = random.getrandbits(31) if seed is None else seed
-        state = programs.read(tf.constant(padded), tf.constant(mask), tf.constant(limit), tf.constant(seed, tf.int64))
+        seed_tensor = tf.constant(random.getrandbits(31) if seed is None else seed, tf.int64)
+        state = programs.prefill(tf.constant(padded), tf.constant(mask), tf.constant(limit), seed_tensor)
         if streamer is None:
-            state = programs.write(state, tf.constant(limit))
+            state = programs.decode(state, tf.constant(limit))
         else:
             state = _stream(programs, state, limit, ids, streamer)
-        return tf.concat([tf.constant(ids), programs.search.result(state)], axis=1)
+        return tf.concat([tf.constant(ids), programs.strategy.result(state)], axis=1)
 
 
 def _stream(programs: _Programs, state: Any, limit: int, ids: Any, streamer: Any) -> Any:
-    """Run the loop step by step, and pass on every token."""
+    """Run the loop step by step and pass every token to the streamer."""
     streamer.put(ids)
-    streamer.put(programs.search.inputs(state)[0].numpy())
+    streamer.put(programs.strategy.inputs(state)[0].numpy())
     for step in range(2, limit + 1):
-        if not programs.search.running(state):
+        if not programs.strategy.running(state):
             break
-        state = programs.write(state, tf.constant(step))
-        streamer.put(programs.search.inputs(state)[0].numpy())
+        state = programs.decode(state, tf.constant(step))
+        streamer.put(programs.strategy.inputs(state)[0].numpy())
     streamer.end()
     return state
 
 
 class _Programs:
-    """The two programs of one set of options: reading the prompt, and writing the tokens."""
+    """The two programs of one set of options: `prefill` for the prompts, `decode` for the new tokens."""
 
     def __init__(self, model: Any, options: GenerationOptions, jit_compile: bool) -> None:
-        self.search: Search = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
+        self.strategy: Strategy = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
         self._model, self._options = model, options
-        self.read: Any = tf.function(self._read, jit_compile=jit_compile, autograph=False)
-        self.write: Any = tf.function(self._write, jit_compile=jit_compile, autograph=False)
+        self.prefill: Any = tf.function(self._prefill, jit_compile=jit_compile, autograph=False)
+        self.decode: Any = tf.function(self._decode, jit_compile=jit_compile, autograph=False)
 
     @property
     def traces(self) -> int:
-        return sum(program.experimental_get_tracing_count() for program in (self.read, self.write))
+        return sum(program.experimental_get_tracing_count() for program in (self.prefill, self.decode))
 
-    def _read(self, ids: Tensor, real: Tensor, limit: Tensor, seed: Tensor) -> Any:
+    def _prefill(self, ids: Tensor, real: Tensor, limit: Tensor, seed: Tensor) -> Any:
         """The state after the prompts ``[B, P]`` and their first new tokens."""
         length = ids.shape[1]
         chunk = min(CHUNK, length)
@@ -123,7 +140,7 @@ class _Programs:
             logits_to_keep=1,
         )
 
-        def read_on(first: Tensor, logits: Tensor, cache: TFRollingCache) -> tuple[Tensor, Tensor, TFRollingCache]:
+        def next_chunk(first: Tensor, logits: Tensor, cache: TFRollingCache) -> tuple[Tensor, Tensor, TFRollingCache]:
             outputs = self._model(
                 input_ids=tf.slice(ids, [0, first], [-1, chunk]),
                 attention_mask=tf.slice(real, [0, first], [-1, chunk]),
@@ -134,47 +151,49 @@ class _Programs:
             return first + chunk, outputs.logits, outputs.past_key_values
 
         start = tf.constant(chunk), outputs.logits, outputs.past_key_values
-        _, logits, cache = tf.while_loop(lambda first, *_: first < length, read_on, start, parallel_iterations=1)
-        seen = _tokens_seen(ids, real, self._model.config.vocab_size)
-        return self.search.begin(tf.cast(logits[:, -1], tf.float32), cache, seen, limit, seed)
+        _, logits, cache = tf.while_loop(lambda first, *_: first < length, next_chunk, start, parallel_iterations=1)
+        previous_tokens = tokens_of_prompts(ids, real, self._model.config.vocab_size)
+        return self.strategy.choose_first(tf.cast(logits[:, -1], tf.float32), cache, previous_tokens, limit, seed)
 
-    def _write(self, state: Any, until: Tensor) -> Any:
-        """The state after `until` new tokens, or after the end."""
+    def _decode(self, state: Any, until: Tensor) -> Any:
+        """The state after `until` new tokens, or when no more are to be chosen."""
 
-        def advance(state: Any) -> tuple[Any]:
-            tokens, cache = self.search.inputs(state)
+        def step(state: Any) -> tuple[Any]:
+            tokens, cache = self.strategy.inputs(state)
             outputs = self._model(input_ids=tokens[:, None], past_key_values=cache, use_cache=True)
             logits = tf.cast(outputs.logits[:, -1], tf.float32)
-            return (self.search.advance(state, logits, outputs.past_key_values),)
+            return (self.strategy.choose_next(state, logits, outputs.past_key_values),)
 
-        def proceed(state: Any) -> Tensor:
-            return (state.step < until) & self.search.running(state)
+        def unfinished(state: Any) -> Tensor:
+            return (state.step < until) & self.strategy.running(state)
 
-        return tf.while_loop(proceed, advance, (state,), parallel_iterations=1)[0]
-
-
-def _tokens_seen(ids: Tensor, real: Tensor, vocabulary: int) -> Tensor:
-    """``[B, V]`` boolean: the tokens of every prompt."""
-    rows = tf.where(real, tf.range(ids.shape[0])[:, None], ids.shape[0])  # padding counts for a row that is cut off
-    places = tf.reshape(tf.stack([rows, ids], axis=-1), [-1, 2])
-    marks = tf.ones([places.shape[0]], tf.int32)
-    return tf.tensor_scatter_nd_max(tf.zeros([ids.shape[0] + 1, vocabulary], tf.int32), places, marks)[:-1] > 0
+        return tf.while_loop(unfinished, step, (state,), parallel_iterations=1)[0]
 
 
 class SamplingState(NamedTuple):
-    """The state of `Sampling`."""
+    """The state of `Sampling`.
+
+    Attributes:
+        step: Scalar int32, the number of new tokens.
+        tokens: ``[B, N]`` int32, the new tokens, then padding.
+        last: ``[B]`` int32, the last tokens.
+        finished: ``[B]`` boolean, the rows that have ended.
+        previous_tokens: ``[B, V]`` boolean, the tokens that a row has had, for a repetition penalty.
+        seed: Scalar int64.
+        cache: Of all tokens but the last ones.
+    """
 
     step: Tensor
-    tokens: Tensor  # [B, N]
-    last: Tensor  # [B]
-    finished: Tensor  # [B]
-    seen: Tensor  # [B, V]
+    tokens: Tensor
+    last: Tensor
+    finished: Tensor
+    previous_tokens: Tensor
     seed: Tensor
     cache: TFRollingCache
 
 
 class Sampling:
-    """Greedy decoding and sampling; a finished row goes on with padding.
+    """Greedy decoding and sampling; a row that has ended continues with padding.
 
     Args:
         options: Those of `generate`, with N as ``max_new_tokens``.
@@ -183,18 +202,26 @@ class Sampling:
     def __init__(self, options: GenerationOptions) -> None:
         self.options = options
 
-    def begin(self, logits: Tensor, cache: TFRollingCache, seen: Tensor, limit: Tensor, seed: Tensor) -> SamplingState:
-        """See `Search`."""
+    def choose_first(
+        self, logits: Tensor, cache: TFRollingCache, previous_tokens: Tensor, limit: Tensor, seed: Tensor
+    ) -> SamplingState:
+        """See `Strategy`."""
         batch = logits.shape[0]
-        tokens = tf.fill([batch, self.options.max_new_tokens], self.options.pad_token_id)
-        empty = tf.zeros([batch], tf.int32)
-        state = SamplingState(tf.constant(0), tokens, empty, tf.zeros([batch], tf.bool), seen, seed, cache)
-        return self.advance(state, logits, cache)
+        state = SamplingState(
+            step=tf.constant(0),
+            tokens=tf.fill([batch, self.options.max_new_tokens], self.options.pad_token_id),
+            last=tf.zeros([batch], tf.int32),
+            finished=tf.zeros([batch], tf.bool),
+            previous_tokens=previous_tokens,
+            seed=seed,
+            cache=cache,
+        )
+        return self.choose_next(state, logits, cache)
 
-    def advance(self, state: SamplingState, logits: Tensor, cache: TFRollingCache) -> SamplingState:
-        """See `Search`."""
+    def choose_next(self, state: SamplingState, logits: Tensor, cache: TFRollingCache) -> SamplingState:
+        """See `Strategy`."""
         options = self.options
-        logits = penalized(logits, state.seen, options.repetition_penalty)
+        logits = penalized(logits, state.previous_tokens, options.repetition_penalty)
         if options.do_sample:
             noise = tf.random.stateless_uniform(
                 logits.shape,
@@ -205,25 +232,25 @@ class Sampling:
             logits = warped(logits, options) - tf.math.log(-tf.math.log(noise))  # the Gumbel trick
         last = tf.argmax(logits, axis=-1, output_type=tf.int32)
         last = tf.where(state.finished, options.pad_token_id, last)
-        place = tf.range(options.max_new_tokens) == state.step
+        is_current = tf.range(options.max_new_tokens) == state.step
         return SamplingState(
-            state.step + 1,
-            tf.where(place, last[:, None], state.tokens),
-            last,
-            state.finished | is_any(last, options.eos_token_ids),
-            marked(state.seen, last, options.repetition_penalty),
-            state.seed,
-            cache,
+            step=state.step + 1,
+            tokens=tf.where(is_current, last[:, None], state.tokens),
+            last=last,
+            finished=state.finished | is_end(last, options),
+            previous_tokens=with_tokens(state.previous_tokens, last, options.repetition_penalty),
+            seed=state.seed,
+            cache=cache,
         )
 
     def inputs(self, state: SamplingState) -> tuple[Tensor, TFRollingCache]:
-        """See `Search`."""
+        """See `Strategy`."""
         return state.last, state.cache
 
     def running(self, state: SamplingState) -> Tensor:
-        """See `Search`."""
+        """See `Strategy`."""
         return ~tf.reduce_all(state.finished)
 
     def result(self, state: SamplingState) -> Tensor:
-        """See `Search`."""
+        """See `Strategy`."""
         return state.tokens[:, : int(state.step)]

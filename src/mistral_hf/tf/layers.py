@@ -1,7 +1,7 @@
 """The layers of the TensorFlow port, under the names that Hugging Face gives their weights.
 
-Weights keep the orientation of the checkpoint, ``[outputs, inputs]``: nothing is transposed on loading, and a product
-with a single token, which decoding consists of, reads them row by row.
+Weights keep the orientation of the checkpoint, ``[outputs, inputs]``: nothing is transposed on loading, and the product
+with a single token, of which decoding consists, reads them row by row.
 
 Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary.
 """
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
-from .attention import AttentionPlan
-from .shapes import size
+from .attention import AttentionContext, Buffers, Dropout
+from .shapes import Tensor, size
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -27,12 +27,10 @@ if keras.backend.backend() != "tensorflow":
         " ~/.keras/keras.json)."
     )
 
-
-Tensor: TypeAlias = Any
 Activation: TypeAlias = Callable[[Tensor], Tensor]
 _gelu_tanh = partial(tf.nn.gelu, approximate=True)
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": partial(tf.nn.gelu, approximate=False),
     "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
@@ -58,18 +56,18 @@ def activation(name: str) -> Activation:
     """The activation with this name in Transformers.
 
     Raises:
-        ValueError: The port does not have it.
+        ValueError: The port does not support it.
     """
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise ValueError(
-            f"hidden_act={name!r} is not among the activations of the TensorFlow port: {', '.join(_ACTIVATIONS)}."
+            f"hidden_act={name!r} is not among the activations of the TensorFlow port: {', '.join(ACTIVATIONS)}."
             " Use the PyTorch model for this checkpoint."
         )
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
-class _Layer(keras.layers.Layer):
-    """A layer with one weight, made at once and never cast by Keras."""
+class _SingleWeightLayer(keras.layers.Layer):
+    """A layer with one weight, which is created in the constructor and never cast by Keras."""
 
     def __init__(self, shape: tuple[int, ...], initializer: Any, dtype: Any, name: str) -> None:
         super().__init__(dtype=dtype, name=name, autocast=False)
@@ -77,7 +75,7 @@ class _Layer(keras.layers.Layer):
         self.built = True
 
 
-class Linear(_Layer):
+class Linear(_SingleWeightLayer):
     """A projection without bias, its weight ``[outputs, inputs]``."""
 
     def __init__(self, inputs: int, outputs: int, initializer: Any, dtype: Any, name: str) -> None:
@@ -95,7 +93,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     return tf.reshape(rows, [*(size(x, axis) for axis in range(x.shape.rank - 1)), kernel.shape[0]])
 
 
-class Embedding(_Layer):
+class Embedding(_SingleWeightLayer):
     """Token embeddings, the weight ``[V, E]``."""
 
     def call(self, input_ids: Tensor) -> Tensor:
@@ -103,8 +101,8 @@ class Embedding(_Layer):
         return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), input_ids), self.compute_dtype)
 
 
-class RMSNorm(_Layer):
-    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in at least float32."""
+class RMSNorm(_SingleWeightLayer):
+    """Root mean square normalisation (Zhang and Sennrich, 2019), computed in float32."""
 
     def __init__(self, hidden_size: int, eps: float, dtype: Any, name: str) -> None:
         super().__init__((hidden_size,), "ones", dtype, name)
@@ -118,13 +116,13 @@ class RMSNorm(_Layer):
 
 
 class RotaryEmbedding:
-    """Rotary position embeddings (Su et al., 2021), of the types that `ports.rotary_frequencies` has."""
+    """Rotary position embeddings (Su et al., 2021), of the types that `rotary_frequencies` supports."""
 
     def __init__(self, config: MistralConfig) -> None:
         self.frequencies, self.scaling = rotary_frequencies(config)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin ``[B or 1, 1, S, D/2]`` in float32 for positions ``[B or 1, S]``."""
+        """``cos`` and ``sin`` ``[B or 1, 1, S, D/2]`` in float32, for positions ``[B or 1, S]``."""
         angles = tf.cast(positions, tf.float32)[:, None, :, None] * tf.constant(self.frequencies)
         return tf.cos(angles) * self.scaling, tf.sin(angles) * self.scaling
 
@@ -140,14 +138,13 @@ class Attention(keras.layers.Layer):
 
     def __init__(self, config: MistralConfig, index: int, initializer: Any, dtype: Any) -> None:
         super().__init__(dtype=dtype, name="self_attn", autocast=False)
-        heads, kv_heads = config.num_attention_heads, cast(int, config.num_key_value_heads)
-        self.index, self.head_dim, self.rate = index, cast(int, config.head_dim), config.attention_dropout
-        width = config.hidden_size
+        heads, kv_heads, self.head_dim = config.head_shape
+        self.index, self.dropout_rate, width = index, config.attention_dropout, config.hidden_size
         self.q_proj = Linear(width, heads * self.head_dim, initializer, dtype, "q_proj")
         self.k_proj = Linear(width, kv_heads * self.head_dim, initializer, dtype, "k_proj")
         self.v_proj = Linear(width, kv_heads * self.head_dim, initializer, dtype, "v_proj")
         self.o_proj = Linear(heads * self.head_dim, width, initializer, dtype, "o_proj")
-        self.seeds = keras.random.SeedGenerator() if self.rate else None
+        self.seeds = keras.random.SeedGenerator() if self.dropout_rate else None
         self.built = True
 
     def call(
@@ -155,40 +152,40 @@ class Attention(keras.layers.Layer):
         hidden_states: Tensor,
         cos: Tensor,
         sin: Tensor,
-        plan: AttentionPlan,
+        context: AttentionContext,
         weights_wanted: bool = False,
         training: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, Tensor | None, Buffers | None]:
         """Attend.
 
         Args:
             hidden_states: ``[B, S, E]``.
-            cos: Of `RotaryEmbedding`.
-            sin: Of `RotaryEmbedding`.
-            plan: Of this forward pass.
+            cos: As `RotaryEmbedding` returns it.
+            sin: As `RotaryEmbedding` returns it.
+            context: What all layers of this forward pass share.
             weights_wanted: Whether to return the attention weights.
             training: Whether to drop attention weights.
 
         Returns:
-            ``[B, S, E]``; the weights ``[B, H, S, T]`` or None; the layer's buffers after this step or None.
+            ``[B, S, E]``; the weights ``[B, H, S, T]`` or None; the layer's new buffers, or None without a cache.
         """
         q = apply_rotary(self._heads(self.q_proj(hidden_states)), cos, sin)  # [B, H, S, D]
         k = apply_rotary(self._heads(self.k_proj(hidden_states)), cos, sin)  # [B, K, S, D]
-        k, v, stored = plan.store(self.index, k, self._heads(self.v_proj(hidden_states)))
-        mixed, weights = plan.attend(q, k, v, self._dropout(training), weights_wanted)
+        k, v, buffers = context.store(self.index, k, self._heads(self.v_proj(hidden_states)))
+        mixed, weights = context.attend(q, k, v, self._dropout(training), weights_wanted)
         merged = tf.reshape(tf.transpose(mixed, [0, 2, 1, 3]), [size(q, 0), size(q, 2), q.shape[1] * self.head_dim])
-        return self.o_proj(merged), weights if weights_wanted else None, stored
+        return self.o_proj(merged), weights if weights_wanted else None, buffers
 
     def _heads(self, states: Tensor) -> Tensor:
         """``[B, S, heads * D]`` as ``[B, heads, S, D]``."""
         shape = [size(states, 0), size(states, 1), states.shape[2] // self.head_dim, self.head_dim]
         return tf.transpose(tf.reshape(states, shape), [0, 2, 1, 3])
 
-    def _dropout(self, training: bool) -> Callable[[Tensor, Any], Tensor]:
+    def _dropout(self, training: bool) -> Dropout:
         if not training or self.seeds is None:
-            return lambda weights, number: weights
+            return lambda weights, block: weights
         seed = tf.cast(self.seeds.next(), tf.int32)
-        return lambda weights, number: tf.nn.experimental.stateless_dropout(weights, self.rate, seed + number)
+        return lambda weights, block: tf.nn.experimental.stateless_dropout(weights, self.dropout_rate, seed + block)
 
 
 class MLP(keras.layers.Layer):
@@ -224,14 +221,14 @@ class DecoderLayer(keras.layers.Layer):
         hidden_states: Tensor,
         cos: Tensor,
         sin: Tensor,
-        plan: AttentionPlan,
+        context: AttentionContext,
         weights_wanted: bool = False,
         training: bool = False,
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """Arguments and results are those of `Attention`."""
+    ) -> tuple[Tensor, Tensor | None, Buffers | None]:
+        """Map ``[B, S, E]`` to ``[B, S, E]``; the other arguments and results are those of `Attention`."""
         normed = self.input_layernorm(hidden_states)
-        mixed, weights, stored = self.self_attn(
-            normed, cos, sin, plan=plan, weights_wanted=weights_wanted, training=training
+        mixed, weights, buffers = self.self_attn(
+            normed, cos, sin, context=context, weights_wanted=weights_wanted, training=training
         )
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights, stored
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), weights, buffers

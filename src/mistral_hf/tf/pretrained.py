@@ -1,4 +1,4 @@
-"""What all TensorFlow models share: checkpoints of the Hugging Face format, Keras training, and outputs."""
+"""What all TensorFlow models share: checkpoints of the Hugging Face format, training with Keras, and outputs."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..checkpoints.pretrained import locate, open_weights, save_folder
 from ..checkpoints.reader import TensorInfo, open_checkpoint
 from ..checkpoints.writer import LazyTensor
 from ..configuration_mistral import MistralConfig
-from .layers import Tensor
+from .shapes import Tensor
 
-_ROWS = 1024  # of a weight that are written at once
+_ROWS = 1024  # rows of a weight that are written together
 _FIELDS = ("loss", "logits", "last_hidden_state", "past_key_values", "hidden_states", "attentions")
 
 
 class TFMistralOutput(dict[str, Any]):
-    """Results by name, as keys and as attributes; what was not asked for is no key, and None as an attribute.
+    """Results by name, as keys and as attributes.
 
     The names are ``loss``, ``logits``, ``last_hidden_state``, ``past_key_values``, ``hidden_states`` and
-    ``attentions``.
+    ``attentions``. Fields that were not requested are absent as keys and None as attributes.
     """
 
     def __init__(self, *pairs: Any, **fields: Any) -> None:
@@ -35,11 +35,11 @@ class TFMistralOutput(dict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         if name not in _FIELDS:
-            raise AttributeError(f"the output has no {name!r}; it has {', '.join(self)}")
+            raise AttributeError(f"The output has no field {name!r}; it has {', '.join(self)}.")
         return self.get(name)
 
 
-# Keras takes results apart and puts them together again, as it does with dictionaries.
+# Keras flattens results and rebuilds them, as it does with dictionaries.
 optree.register_pytree_node(
     cast(Any, TFMistralOutput),
     lambda output: (tuple(cast(Any, output).values()), tuple(output), tuple(output)),
@@ -49,7 +49,7 @@ optree.register_pytree_node(
 
 
 class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
-    """Base of the models: loading, saving, and training with the model's own loss.
+    """Base class of the models: loading, saving, and training with the model's own loss.
 
     Attributes:
         config: The configuration.
@@ -67,7 +67,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         self.config = config
 
     def default_initializer(self) -> Any:
-        """A normal distribution of ``config.initializer_range``; a seed set with Keras makes it repeatable."""
+        """A normal distribution with standard deviation ``config.initializer_range``, which follows Keras's seed."""
         return keras.initializers.RandomNormal(stddev=self.config.initializer_range)
 
     def named_weights(self) -> dict[str, Any]:
@@ -92,38 +92,40 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         Args:
             name_or_path: A folder, or an id on the hub.
             dtype: A Keras dtype policy or its name, a TensorFlow dtype, or ``"auto"`` for that of the checkpoint. None
-                is Keras's global policy, float32 unless it was set.
-            output_loading_info: Return a pair, the second part of which has ``missing_keys`` and ``unexpected_keys``.
+                is Keras's global policy, ``"float32"`` unless it was set.
+            output_loading_info: Return a pair: the model, and a dictionary with ``missing_keys`` and
+                ``unexpected_keys``.
             revision: Branch, tag or commit on the hub.
             token: For a private or gated model.
             cache_dir: Where downloads are kept.
-            local_files_only: Whether to use nothing but what was downloaded before.
+            local_files_only: Whether to use only files that were downloaded before.
             **overrides: Fields of the configuration.
 
         Returns:
-            The model. Weights of its head that the checkpoint lacks are initialised afresh, with a warning.
+            The model. Weights of its head that the checkpoint lacks are newly initialised, with a warning.
 
         Raises:
             FileNotFoundError: There is no such folder or model, or it has no config.json.
-            CheckpointError: There are no safetensors files, or weights of the decoder are missing, unknown, or have
+            CheckpointError: There are no safetensors files, or weights of the decoder are missing or unknown or have
                 another shape.
-            ValueError: An argument is unknown, or the dtype is.
+            ValueError: An argument or the dtype is unknown.
         """
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = locate(name_or_path, **hub)
         stored = _stored_dtype(folder)
         config, unknown = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
-        if unknown := sorted(unknown.keys() | overrides.keys() & {"torch_dtype"}):  # the library reads that as `dtype`
+        # The library takes torch_dtype as an alias of the configuration's dtype; here it would have no effect.
+        if unknown := sorted(unknown.keys() | overrides.keys() & {"torch_dtype"}):
             raise ValueError(
-                f"from_pretrained has no argument {unknown[0]!r}, nor has MistralConfig such a field. Of the library's"
+                f"from_pretrained has no argument {unknown[0]!r}, and MistralConfig has no such field. Of the library's"
                 " arguments it takes dtype, output_loading_info, revision, token, cache_dir and local_files_only."
             )
-        model = cls(config, dtype=_policy(dtype, config.dtype or stored), initializer="zeros")
+        model = cls(config, dtype=_dtype_policy(dtype, config.dtype or stored), initializer="zeros")
         variables = model.named_weights()
         with open_weights(folder, {name: tuple(variable.shape) for name, variable in variables.items()}) as weights:
             for name, array in weights.stream():
-                _fill(variables[name].value, array)
-                del array  # not held while the next one is read
+                _assign_by_rows(variables[name].value, array)
+                del array  # one tensor in memory at a time
             for name in weights.missing:
                 variables[name].assign(model.default_initializer()(variables[name].shape, variables[name].dtype))
             info = {"missing_keys": list(weights.missing), "unexpected_keys": list(weights.unexpected)}
@@ -142,14 +144,14 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         """Write a checkpoint that PyTorch loads bit for bit, in the dtype of the variables.
 
         Args:
-            save_directory: A folder; a checkpoint that is there already is replaced.
-            max_shard_size: In bytes or such as ``"5GB"``.
-            push_to_hub: Upload it too.
-            **kwargs: Of `push_to_hub`; its ``repo_id`` is by default the folder's name.
+            save_directory: A folder; an existing checkpoint in it is replaced.
+            max_shard_size: In bytes, or a string such as ``"5GB"``.
+            push_to_hub: Whether to upload the folder too.
+            **kwargs: Arguments of `push_to_hub`; ``repo_id`` is by default the folder's name.
 
         Raises:
             FileExistsError: The folder holds something other than a checkpoint.
-            TypeError: There are further arguments, but nothing is to be uploaded.
+            TypeError: There are arguments of `push_to_hub`, but nothing is to be uploaded.
         """
         if kwargs and not push_to_hub:
             raise TypeError(
@@ -173,8 +175,8 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As `keras.Model.compile`; without a loss, the model's own."""
-        self.loss = None  # Keras would keep that of an earlier call
+        """Prepare training as `keras.Model.compile` does; without a loss, the model uses its own."""
+        self.loss = None  # Keras would keep the loss of an earlier call
         super().compile(*args, **kwargs)
 
     def compute_loss(
@@ -185,23 +187,23 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:
-        """The model's own loss if `compile` was given none, else that of `compile` on the main output.
+        """The loss given to `compile`, of the main output; without one, the model's own.
 
         Raises:
-            ValueError: The model's own loss is wanted, but there are no labels.
+            ValueError: The model is to use its own loss, but there are no labels.
         """
         if self.loss is not None:
             return super().compute_loss(x, y, self._prediction(y_pred), sample_weight, training)
         if "loss" not in y_pred:
             raise ValueError(
-                "There is no loss: the data set's inputs are a dictionary without 'labels', and compile() was given no"
+                "There is no loss: the inputs are a dictionary without 'labels', and compile() was called without a"
                 " loss. Add the labels to the dictionary, or yield (inputs, labels)."
             )
         replicas = tf.distribute.get_strategy().num_replicas_in_sync
         return y_pred["loss"] / replicas  # gradients are summed over them
 
     def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """Metrics of `compile`, of the labels and the main output."""
+        """The metrics given to `compile`, of the labels and the main output."""
         if y is None and isinstance(x, dict):
             y = x.get("labels")
         return super().compute_metrics(x, y, self._prediction(y_pred), sample_weight)
@@ -211,7 +213,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         return super().train_step(self._with_labels(data))
 
     def test_step(self, data: Any) -> Any:
-        """An evaluation step; data as of `train_step`."""
+        """An evaluation step, on data as `train_step` takes it."""
         return super().test_step(self._with_labels(data))
 
     def predict_step(self, data: Any) -> Tensor:
@@ -225,61 +227,75 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
 
         Args:
             filepath: The target.
-            format: Of Keras.
-            input_signature: Default: a dictionary of ``input_ids`` and ``attention_mask``, both ``[B, S]`` int32.
-            **kwargs: Of Keras.
+            format: One of Keras's formats.
+            input_signature: By default a dictionary of ``input_ids`` and ``attention_mask``, both ``[batch, tokens]``
+                int32.
+            **kwargs: Other arguments of `keras.Model.export`.
         """
         tokens = tf.TensorSpec([None, None], tf.int32)
         signature = input_signature or [{"input_ids": tokens, "attention_mask": tokens}]
         super().export(str(filepath), format, input_signature=signature, **kwargs)
 
     def _with_labels(self, data: Any) -> Any:
-        """Labels that the model's own loss needs, moved into the inputs."""
+        """The data with the labels moved into the inputs, where the model's own loss needs them."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if y is None or self.loss is not None:
             return data
         if sample_weight is not None:
-            raise ValueError("The model's own loss takes no sample weights: give compile() a loss that does.")
+            raise ValueError("The model's own loss takes no sample weights: pass compile() a loss that does.")
         return ({**(x if isinstance(x, dict) else {"input_ids": x}), "labels": y}, y)
 
     def _prediction(self, outputs: Any) -> Tensor:
         return outputs[self.main_output]
 
     def get_config(self) -> dict[str, Any]:
-        """What makes such a model anew, for ``.keras`` files."""
+        """The fields that recreate the model, for ``.keras`` files."""
         return {**super().get_config(), "config": self.config.to_dict()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Undo `get_config`."""
+        """A model with newly initialised weights from the fields of `get_config`."""
         fields = {**config, "config": MistralConfig.from_dict(config["config"])}
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
         return cls(**fields)
 
 
-def _fill(variable: Any, array: Any) -> None:
-    """Write an array into a variable some rows at a time: `assign` would hold it twice more, beside the old values."""
+def _assign_by_rows(variable: Any, array: Any) -> None:
+    """Write an array into a variable, a few rows at a time.
+
+    `assign` would hold the new values twice, beside the old ones.
+    """
     if isinstance(variable, tf.distribute.DistributedValues):
         variable.assign(tf.cast(tf.convert_to_tensor(array), variable.dtype))
         return
     for first in range(0, len(array), _ROWS):
         rows = tf.cast(tf.convert_to_tensor(array[first : first + _ROWS]), variable.dtype)
-        place = {"begin": [first], "end": [first + len(rows)], "strides": [1]}
-        tf.raw_ops.ResourceStridedSliceAssign(ref=variable.handle, value=rows, **place)
+        region = {"begin": [first], "end": [first + len(rows)], "strides": [1]}
+        tf.raw_ops.ResourceStridedSliceAssign(ref=variable.handle, value=rows, **region)
 
 
 def _stored_dtype(folder: Path) -> str:
-    """That of a checkpoint's first weight; raises, before anything is allocated, if this is no checkpoint."""
+    """The dtype of a checkpoint's first weight.
+
+    Raises:
+        CheckpointError: The folder has no safetensors files.
+        FileNotFoundError: It has no config.json.
+    """
     with open_checkpoint(folder) as checkpoint:
         stored = next((info.dtype for info in checkpoint.values()), "float32")
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has weights but no config.json: get it from where they came from.")
+        raise FileNotFoundError(f"{folder} has weights but no config.json: copy it from where the weights came from.")
     return stored
 
 
-def _policy(dtype: Any, stored: Any) -> Any:
-    """A Keras policy, or None, from what `from_pretrained` takes and the checkpoint's dtype."""
+def _dtype_policy(dtype: Any, stored: Any) -> Any:
+    """A Keras policy or its name, or None.
+
+    Args:
+        dtype: As `from_pretrained` takes it.
+        stored: The checkpoint's dtype.
+    """
     if isinstance(dtype, str) and dtype == "auto":
         return str(stored).removeprefix("torch.")
     return dtype.name if isinstance(dtype, tf.DType) else dtype

@@ -7,8 +7,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 Tensor: TypeAlias = Any
-Size: TypeAlias = Any
-"""A Python integer where a shape is known while tracing, a scalar tensor where it is not."""
+Size: TypeAlias = Any  # an integer where the shape is known while tracing, else a scalar tensor
 
 
 def size(tensor: Tensor, axis: int) -> Size:
@@ -17,20 +16,20 @@ def size(tensor: Tensor, axis: int) -> Size:
     return tf.shape(tensor)[axis] if known is None else known
 
 
-def _least(a: Size, b: Size | None) -> Size:
-    if b is None:
-        return a
+def smaller(a: Size, b: Size) -> Size:
+    """The smaller of two sizes."""
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else tf.minimum(a, b)
 
 
-def _most(a: Size, b: Size) -> Size:
+def larger(a: Size, b: Size) -> Size:
+    """The larger of two sizes."""
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else tf.maximum(a, b)
 
 
-def _cut(tensor: Tensor, axis: int, first: Size, count: Size) -> Tensor:
-    """`count` places of an axis from `first` on, which may be known only at run time."""
+def slice_axis(tensor: Tensor, axis: int, start: Size, count: Size) -> Tensor:
+    """`count` elements of an axis from `start`."""
     begin, shape = [0] * tensor.shape.rank, [-1] * tensor.shape.rank
-    begin[axis], shape[axis] = first, count
+    begin[axis], shape[axis] = start, count
     part = tf.slice(tensor, begin, shape)
     known = tensor.shape.as_list()
     known[axis] = count if isinstance(count, int) else None
