@@ -1,5 +1,6 @@
 """Which checkpoints a Mistral model takes: weights of decoder and head, quantization; for all three frameworks."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,12 @@ def check_decoder_weights(source: Any, missing: Iterable[str], unexpected: Itera
                 f" them {', '.join(decoder[:3])}. Its config.json and its weights do not belong together: download both"
                 " again from the same place, or convert raw Mistral weights first."
             )
+
+
+def layers_left_out(unexpected: Iterable[str], num_hidden_layers: int) -> set[str]:
+    """The unexpected weights that belong to decoder layers beyond `num_hidden_layers`."""
+    layers = ((name, re.search(r"(?:^|\.)layers\.(\d+)\.", name)) for name in unexpected)
+    return {name for name, layer in layers if layer is not None and int(layer[1]) >= num_hidden_layers}
 
 
 def check_quantization(config: Any, requested: Any) -> None:

@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compatibility import check_decoder_weights, check_quantization
+from .compatibility import check_decoder_weights, check_quantization, layers_left_out
 from .configuration_mistral import MistralConfig
 from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask
 from .torch.cache import RollingCache
@@ -48,6 +48,8 @@ from .torch.norm import rms_norm
 from .torch.rotary import apply_rotary, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
+
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class MistralPreTrainedModel(PreTrainedModel):
@@ -74,17 +76,23 @@ class MistralPreTrainedModel(PreTrainedModel):
         """Load a checkpoint as the library does, and refuse one that does not hold this model.
 
         Raises:
-            CheckpointError: Weights of the decoder are missing, or there are weights that no Mistral model has.
+            CheckpointError: Weights of the decoder are missing, or there are weights that no Mistral model has, unless
+                the caller asks for fewer layers, or with ``output_loading_info=True`` for the lists of both.
             ValueError: The checkpoint is to be quantized again in another way.
         """
         requested = kwargs.get("quantization_config")
         check_quantization(kwargs.get("config"), requested)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         check_quantization(model.config, requested)
-        if "num_hidden_layers" not in kwargs and getattr(model, "hf_quantizer", None) is None:
-            source = args[0] if args else "the state dict"
-            check_decoder_weights(source, info["missing_keys"], info["unexpected_keys"])
-        return (model, info) if output_loading_info else model
+        if output_loading_info:  # the caller looks at the missing and unexpected weights
+            return model, info
+        if getattr(model, "hf_quantizer", None) is None:
+            source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            left_out = layers_left_out(info["unexpected_keys"], model.config.num_hidden_layers)
+            if left_out and _stored_layers(source, kwargs) == model.config.num_hidden_layers:
+                left_out = set()  # the configuration was not changed: it contradicts the weights
+            check_decoder_weights(source, info["missing_keys"], info["unexpected_keys"] - left_out)
+        return model
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, mesh_manager: Any) -> Any:
@@ -116,6 +124,13 @@ class MistralPreTrainedModel(PreTrainedModel):
         dtype = self.config.dtype if is_init_check else self.dtype  # there are no weights yet
         IMPLEMENTATION_CHECKS[requested_attention](dtype, self.config.head_shape[2])
         return requested_attention
+
+
+def _stored_layers(source: Any, options: dict[str, Any]) -> int | None:
+    """Number of layers in the configuration of a checkpoint, None if it has no file."""
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    stored: dict[str, Any] = {} if source is None else MistralConfig.get_config_dict(source, **hub)[0]
+    return stored.get("num_hidden_layers")
 
 
 class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
@@ -573,7 +588,7 @@ class MistralRotaryEmbedding(nn.Module):
         Returns:
             cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`.
         """
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
         return rotary_factors(angles, self.attention_scaling, x.dtype)
 
 
@@ -601,6 +616,7 @@ class MistralModel(MistralPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        packed: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states of new tokens.
@@ -614,6 +630,7 @@ class MistralModel(MistralPreTrainedModel):
             past_key_values: The cached tokens; new ones are added to it in place.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
             use_cache: Return a cache, a new one if `past_key_values` is None (default: ``config.use_cache``).
+            packed: False if no row holds several sequences, whatever its positions.
             **kwargs: ``output_hidden_states``, ``output_attentions``, and options of attention implementations.
 
         Returns:
@@ -627,7 +644,13 @@ class MistralModel(MistralPreTrainedModel):
         # With attention functions that take the bounds of packed sequences, their positions need not restart.
         needs_positions = "flash" not in self.config._attn_implementation
         layout = SequenceLayout.of(
-            inputs_embeds, attention_mask, position_ids, past_key_values, needs_positions=needs_positions, **kwargs
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            needs_positions=needs_positions,
+            packed=packed,
+            **kwargs,
         )
         mask = self.make_mask(inputs_embeds, layout, kwargs.get("output_attentions"))
         if use_cache and past_key_values is None and not layout.is_packed:
@@ -663,7 +686,7 @@ class MistralModel(MistralPreTrainedModel):
             )
         if input_ids is None:
             return cast(Tensor, inputs_embeds)
-        check_input_ids(input_ids, self.embed_tokens)
+        check_input_ids(input_ids, self.embed_tokens, self.config.vocab_size)
         return self.embed_tokens(input_ids)
 
 

@@ -3,6 +3,8 @@
 Legend: B batch, S new tokens, T keys.
 """
 
+from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +23,21 @@ class MistralGenerationMixin(GenerationMixin):
 
     config: Any
     model: Any
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # A tokenizer's mapping in place of the ids, as chat templates return it.
+        if isinstance(inputs, Mapping):
+            inputs, kwargs = None, {**inputs, **kwargs}
+        return super().generate(inputs, *args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the library's; without a cache, the positions of right-padded rows restart, but are not packed."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("past_key_values") is None and inputs.get("position_ids") is not None:
+            inputs["packed"] = False
+        return inputs
 
     def create_masks_for_generate(
         self,

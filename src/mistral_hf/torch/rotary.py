@@ -12,12 +12,11 @@ def rotary_factors(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[
     cos, sin = angles.cos(), angles.sin()
     if scaling != 1.0:
         cos, sin = cos * scaling, sin * scaling
-    cos, sin = cos.to(dtype), sin.to(dtype)
-    cos, repeated = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+    signed = torch.cat([-sin, sin], dim=-1).to(dtype)
+    cos, sin = torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([sin, sin], dim=-1).to(dtype)
     # What every layer needs of them, prepared once; factors that a tool changes or replaces do not have it.
-    signed = torch.cat([-sin, sin], dim=-1)
-    repeated.prepared = cos, cos.unsqueeze(1), signed.unsqueeze(1)  # type: ignore[attr-defined]
-    return cos, repeated
+    sin.prepared = cos, cos.unsqueeze(1), signed.unsqueeze(1)  # type: ignore[attr-defined]
+    return cos, sin
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,11 @@ class KeyLayout(NamedTuple):
         """The keys that `cache` will return for `length` new tokens; those of the tokens themselves without a cache."""
         if cache is None:
             return cls(0, 0, length)
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__} and must be a cache, not a tuple of keys and values as in"
+                " old releases: pass RollingCache(model.config), or DynamicCache(pairs) with a pair of each layer."
+            )
         query_start = cache.get_seq_length()
         total, key_start = cache.get_mask_sizes(length, 0)
         slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
@@ -85,6 +90,7 @@ class SequenceLayout(NamedTuple):
         past_key_values: Cache | None = None,
         *,
         needs_positions: bool = False,
+        packed: bool | None = None,
         **kwargs: Any,
     ) -> "SequenceLayout":
         """The layout of a call of the model.
@@ -93,6 +99,7 @@ class SequenceLayout(NamedTuple):
             inputs_embeds: ``[B, S, *]``, for its batch, length and device.
             attention_mask, position_ids, past_key_values: As of the model.
             needs_positions: Whether packed sequences are told apart by their positions alone.
+            packed: False if rows are known to hold one sequence each, whatever their positions.
             **kwargs: As of the model: ``cu_seq_lens_q`` ``[N + 1]``, the bounds of N sequences packed into one row;
                 ``seq_idx``; and ``cache``, the paged cache of continuous batching.
 
@@ -104,7 +111,9 @@ class SequenceLayout(NamedTuple):
         keys = KeyLayout.of(past_key_values, length)
         if position_ids is None and needs_positions:
             _check_no_packing(kwargs)
-        segments = _packed_segments(position_ids, attention_mask, past_key_values, batch)
+        segments = None
+        if packed is not False:
+            segments = _packed_segments(position_ids, attention_mask, past_key_values, batch)
         if segments is None and position_ids is None:
             segments = _segments_between(kwargs.get("cu_seq_lens_q"), inputs_embeds)
         custom = attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4)
@@ -191,14 +200,11 @@ def _check_no_packing(keywords: dict[str, Any]) -> None:
 
 
 def _check_one_sequence(position_ids: Tensor, real: Tensor) -> None:
-    """Under a 2-d mask, all real tokens of a row see each other, so their positions must not restart.
-
-    After padding they may: `generate` counts the padding of right-padded rows in its positions.
-    """
+    """Under a 2-d mask, all real tokens of a row see each other, so their positions must not restart."""
     if not (has_values(position_ids) and has_values(real)):
         return
-    positions = position_ids.to(real.device).expand(real.shape)
-    restarts = real[:, 1:] & real[:, :-1] & (positions[:, 1:] <= positions[:, :-1])
+    positions = position_ids.to(real.device).expand(real.shape).masked_fill(~real, -1)
+    restarts = real[:, 1:] & (positions[:, 1:] <= positions.cummax(dim=-1).values[:, :-1])
     if restarts.any():
         row, index = restarts.nonzero()[0].tolist()
         raise ValueError(

@@ -14,8 +14,8 @@ IGNORE_INDEX = -100
 logger = logging.get_logger(__name__)
 
 
-def check_input_ids(input_ids: Tensor, embedding: nn.Embedding) -> None:
-    """Check ``[B, S]`` token ids against the embeddings that they select.
+def check_input_ids(input_ids: Tensor, embedding: nn.Module, vocab_size: int) -> None:
+    """Check ``[B, S]`` token ids against the embeddings that they select; where an adapter wraps them, `vocab_size`.
 
     A decoding step on an accelerator, which must not wait, is not checked.
 
@@ -26,7 +26,7 @@ def check_input_ids(input_ids: Tensor, embedding: nn.Embedding) -> None:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens].")
     if input_ids.device.type == "cpu" or input_ids.shape[1] > 1:
         meaning = "token ids of the model's vocabulary; use the model's own tokenizer, or resize_token_embeddings"
-        check_range("input_ids", input_ids, embedding.num_embeddings, meaning)
+        check_range("input_ids", input_ids, getattr(embedding, "num_embeddings", vocab_size), meaning)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
