@@ -17,13 +17,13 @@ import numpy as np
 from jax import Array
 from transformers import GenerationConfig
 
-from .flax.compiled import beam_search, forward_programs, generation_programs, search
+from .flax.compiled import forward_programs, generation_programs, new_tokens
 from .flax.layers import MistralForCausalLMModule, MistralModule
 from .flax.losses import IGNORE_INDEX
 from .flax.outputs import FlaxGenerateOutput
 from .flax.params import Params
 from .flax.pretrained import FlaxMistralPreTrainedModel, _check_inputs, _check_range
-from .flax.sharding import place_rows
+from .flax.sharding import shard_rows
 from .generation_options import check_prompt, generation_options, round_up_to_bucket
 
 
@@ -67,7 +67,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         _check_inputs(input_ids, attention_mask, None, self.config)
         if labels is not None:
             _check_range("labels", labels, self.config.vocab_size, labels == IGNORE_INDEX)
-        inputs = [None if x is None else place_rows(x, self.mesh) for x in (input_ids, attention_mask, labels)]
+        inputs = [None if x is None else shard_rows(x, self.mesh) for x in (input_ids, attention_mask, labels)]
         return forward_programs(self._graph).loss(self.params if params is None else params, *inputs, dropout_rng)
 
     def generate(
@@ -110,14 +110,11 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         programs = generation_programs(self._graph, replace(chosen, max_new_tokens=round_up_to_bucket(limit)))
         weights = self.params if params is None else params
         left = ((0, 0), (round_up_to_bucket(prompt.shape[1]) - prompt.shape[1], 0))
-        ids, real = (place_rows(np.pad(x, left), self.mesh) for x in (prompt, real))
-        if chosen.num_beams > 1:
-            new = beam_search(programs, weights, ids, real, limit)
-        else:
-            key = jax.random.key(0) if prng_key is None else prng_key
-            if streamer is not None:
-                streamer.put(prompt)
-            new = search(programs, weights, ids, real, limit, key, streamer and streamer.put)
-            if streamer is not None:
-                streamer.end()
+        ids, real = (shard_rows(np.pad(x, left), self.mesh) for x in (prompt, real))
+        key = jax.random.key(0) if prng_key is None else prng_key
+        if streamer is not None:
+            streamer.put(prompt)
+        new = new_tokens(programs, weights, ids, real, limit, key, None if streamer is None else streamer.put)
+        if streamer is not None:
+            streamer.end()
         return FlaxGenerateOutput(np.concatenate([prompt, new], axis=1))

@@ -50,7 +50,7 @@ import jax, numpy as np, tempfile
 from jax.sharding import Mesh
 from mistral_hf import FlaxMistralForCausalLM, MistralConfig
 from mistral_hf.flax.compiled import generation_programs
-from mistral_hf.flax.sharding import place_rows
+from mistral_hf.flax.sharding import shard_rows
 from mistral_hf.generation_options import GenerationOptions
 jax.config.update("jax_disable_most_optimizations", True)
 config = MistralConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=8,
@@ -76,10 +76,10 @@ for row, start in enumerate((0, 4)):
 tokens = alone.generate(ids, mask, **options).sequences
 assert np.array_equal(model.generate(ids, mask, **options).sequences, tokens)
 programs = generation_programs(model._graph, GenerationOptions(16, 0))
-rows = [place_rows(np.pad(x, ((0, 0), (6, 0))), mesh) for x in (ids.astype("int32"), mask > 0)]
-keys = programs.begin(model.params, *rows, jax.random.key(0)).cache.keys[0]
+rows = [shard_rows(np.pad(x, ((0, 0), (6, 0))), mesh) for x in (ids.astype("int32"), mask > 0)]
+keys = programs.prefill(model.params, *rows, 12, jax.random.key(0)).cache.keys[0]
 assert keys.addressable_shards[0].data.shape == (1, 1, 6, 8)
-assert programs.begin._cache_size() == 2  # for one device, and for the mesh
+assert programs.prefill._cache_size() == 2  # for one device, and for the mesh
 gradient = jax.grad(lambda params: model.loss(ids, mask, params=params))(model.params)
 gradient = gradient["model"]["layers"]["0"]["mlp"]["down_proj"]["weight"]
 assert gradient.sharding.is_equivalent_to(weight.sharding, 2)

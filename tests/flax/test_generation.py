@@ -17,8 +17,8 @@ from transformers import (
 
 import mistral_hf
 from mistral_hf import BUNDLED_CHECKPOINT, MistralForCausalLM
-from mistral_hf.flax import compiled as flax_programs
-from mistral_hf.flax import generation as flax_generation
+from mistral_hf.flax import compiled as flax_compiled
+from mistral_hf.flax import logits as flax_logits
 from mistral_hf.generation_options import GenerationOptions
 from tests.helpers import reference
 from tests.helpers.flax_models import arrays, differences, flax_twin, jax, jnp, stacked
@@ -149,7 +149,7 @@ def test_samples_have_the_library_s_distribution(options: dict[str, Any], warper
     for warper in warpers:
         scores = warper(None, scores)
     expected = scores.softmax(dim=-1)[0].numpy()
-    chosen = flax_generation.sample(
+    chosen = flax_logits.sample(
         jnp.tile(logits.numpy(), (count, 1)), jax.random.key(0), GenerationOptions(1, 0, do_sample=True, **options)
     )
     found = np.bincount(np.asarray(chosen), minlength=12) / count
@@ -159,26 +159,29 @@ def test_samples_have_the_library_s_distribution(options: dict[str, Any], warper
 
 def test_prompts_of_similar_lengths_share_a_program(twin: Any, token_ids: Any) -> None:
     options = GenerationOptions(16, 0)
-    flax_programs.generation_programs.cache_clear()
-    programs = flax_programs.generation_programs(twin._graph, options)
+    flax_compiled.generation_programs.cache_clear()
+    programs = flax_compiled.generation_programs(twin._graph, options)
     for length, new in [(3, 5), (16, 16), (9, 2), (1, 1)]:
         assert new_tokens(twin, {"input_ids": token_ids(1, length).numpy()}, max_new_tokens=new, **GREEDY).shape == (
             1,
             new,
         )
-    assert flax_programs.generation_programs.cache_info().currsize == 1
-    assert (programs.begin._cache_size(), programs.go_on._cache_size()) == (1, 1)
+    assert flax_compiled.generation_programs.cache_info().currsize == 1
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (1, 1)
     new_tokens(twin, {"input_ids": token_ids(1, 17).numpy()}, max_new_tokens=5, **GREEDY)
-    assert (programs.begin._cache_size(), programs.go_on._cache_size()) == (2, 1)  # the buffer is as long as the window
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (
+        2,
+        1,
+    )  # the buffer is as long as the window
 
 
 def test_the_buffer_is_as_long_as_the_window_and_written_in_place(twin: Any) -> None:
     options = GenerationOptions(16, 0)
-    programs = flax_programs.generation_programs(twin._graph, options)
+    programs = flax_compiled.generation_programs(twin._graph, options)
     ids = jnp.ones((2, 64), jnp.int32)
-    state = jax.eval_shape(programs.begin, twin.params, ids, ids > 0, jax.random.key(0))
+    state = jax.eval_shape(programs.prefill, twin.params, ids, ids > 0, 5, jax.random.key(0))
     assert {leaf.shape for leaf in (*state.cache.keys, *state.cache.values)} == {(2, 2, 5, 12)}
-    text = programs.go_on.lower(twin.params, state, 5).compile().as_text()
+    text = programs.decode.lower(twin.params, state, 5).compile().as_text()
     header = text.splitlines()[0]
     assert header.count("may-alias") + header.count("must-alias") >= len(jax.tree.leaves(state.cache))
 

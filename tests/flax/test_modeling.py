@@ -1,6 +1,7 @@
 """The JAX model computes what the PyTorch model and the float64 oracle compute: modules, whole, cached, trained."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import mistral_hf
 from mistral_hf import MistralConfig
 from mistral_hf.flax import attention as flax_attention
 from mistral_hf.flax import cache as flax_cache
-from mistral_hf.flax import compiled as flax_programs
+from mistral_hf.flax import compiled as flax_compiled
 from mistral_hf.flax import layers as flax_layers
+from mistral_hf.flax import sequence_layout as flax_layout
 from mistral_hf.flax.losses import causal_lm_loss
 from mistral_hf.modeling_mistral import MistralRotaryEmbedding
 from tests.helpers import reference
@@ -85,7 +87,7 @@ def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) ->
     mask = torch.where(reference.window_mask(7, 8), 0.0, -torch.inf)[None, None]
     expected = theirs(states, model.model.rotary_emb(states, positions), attention_mask=mask)[0]
     cos, sin = twin.module.model.rotary_emb(array(positions))
-    context = flax_layers.Context(cos, sin, jnp.ones((2, 7), bool), None, empty=True, weights_wanted=False)
+    context = flax_attention.AttentionContext(cos, sin, jnp.ones((2, 7), bool), None, empty=True, weights_wanted=False)
     assert differences(jax.jit(lambda states: ours(states, context)[0])(array(states)), expected) < 1e-5
 
 
@@ -155,10 +157,10 @@ def test_positions_begin_at_the_first_real_token() -> None:
     """Also if a row has none in the first pieces of a cached prompt, and after the buffer has wrapped."""
     mask = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], bool)
     expected = np.array([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]])
-    assert np.array_equal(flax_layers.positions_of(mask), expected)
+    assert np.array_equal(flax_layout.positions(mask), expected)
     cache = flax_cache.empty_cache(1, False, (2, 1, 3, 4), "float32")
     for start, end in [(0, 2), (2, 3), (3, 5), (5, 6)]:
-        cache = cache.mark(mask[:, start:end])
+        cache = cache.advance(mask[:, start:end])
         assert np.array_equal(cache.positions(end - start), expected[:, start:end])
     assert np.array_equal(cache.real, [[True] * 3] * 2)
 
@@ -173,7 +175,7 @@ def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize(("window", "past"), [(1, 0), (6, 5), (None, 0)])
-def test_attention_in_blocks(window: int | None, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_in_blocks(window: int | None, past: int) -> None:
     """Values and gradients are those of the whole mask, for lengths that do not divide into blocks."""
     count, total = 37, 37 + past
     key = jax.random.key(0)
@@ -183,13 +185,13 @@ def test_attention_in_blocks(window: int | None, past: int, monkeypatch: pytest.
     )
     real = jnp.arange(total) >= jnp.array([[0], [3]])
 
-    def mixed(q: Any, k: Any, v: Any) -> Any:
-        output = flax_attention.attend(q, k, v, real, window)[0]
+    def mixed(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        output = flax_attention.attend(q, k, v, real, window, **options)[0]
         return jnp.sum(jnp.sin(output[:, :, :, 3:])), output
 
     direct = jax.value_and_grad(mixed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setattr(flax_attention, "BLOCK", 4)
-    blocks = jax.jit(jax.value_and_grad(mixed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    by_blocks = partial(mixed, block=4)
+    blocks = jax.jit(jax.value_and_grad(by_blocks, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     np.testing.assert_allclose(direct[0][1][:, :, :, 3:], blocks[0][1][:, :, :, 3:], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), direct[1], blocks[1])
 
@@ -304,17 +306,17 @@ def test_the_module_is_nnx(twin: Any, batch: Any) -> None:
 
 
 def test_a_shape_is_compiled_once(twin: Any) -> None:
-    call = flax_programs.forward_programs(twin._graph).call
+    forward = flax_compiled.forward_programs(twin._graph).forward
     ids = np.ones((3, 4), int)
     twin(ids)
-    compiled = call._cache_size()
+    compiled = forward._cache_size()
     for _ in range(2):
         twin(ids * 2)
     flax_twin_again = type(twin)(twin.config)
     flax_twin_again(ids)
-    assert call._cache_size() == compiled
+    assert forward._cache_size() == compiled
     twin(ids[:, :3])
-    assert call._cache_size() == compiled + 1
+    assert forward._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from jax import Array, lax
 
 from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
-from .attention import attend
+from .attention import AttentionContext, attend
 from .cache import FlaxRollingCache, empty_cache, in_order, store
 from .outputs import FlaxCausalLMOutput, FlaxModelOutput
+from .sequence_layout import positions, real_keys
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
 _gelu = partial(jax.nn.gelu, approximate=False)
@@ -46,25 +47,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-
-
-class Context(NamedTuple):
-    """What all layers share in one forward pass.
-
-    Attributes:
-        cos, sin: ``[B, 1, S, D]`` in float32, the first half of sin negated.
-        real: ``[B, T]``, which keys are no padding.
-        length: Tokens in the cache, or None without one.
-        empty: Whether there are none, so that the cache is only written.
-        weights_wanted: Whether layers return attention weights.
-    """
-
-    cos: Array
-    sin: Array
-    real: Array
-    length: Array | None
-    empty: bool
-    weights_wanted: bool
 
 
 KeyValues = tuple[Array, Array]
@@ -162,14 +144,14 @@ class MistralModule(nnx.Module):
         batch, count = input_ids.shape
         mask = jnp.ones((batch, count), bool) if attention_mask is None else attention_mask[:, -count:].astype(bool)
         past = past_key_values
-        cache = None if past is None else past.mark(mask)
+        cache = None if past is None else past.advance(mask)
         if position_ids is None:
-            position_ids = positions_of(mask) if cache is None else cache.positions(count)
+            position_ids = positions(mask) if cache is None else cache.positions(count)
         cos, sin = self.rotary_emb(position_ids)
-        context = Context(
+        context = AttentionContext(
             cos=cos,
             sin=sin,
-            real=mask if past is None or cache is None else _real_keys(past, cache, mask),
+            real=real_keys(mask, past, cache),
             length=None if past is None else past.length,
             empty=past is None or past.empty,
             weights_wanted=output_attentions,
@@ -193,7 +175,12 @@ class MistralModule(nnx.Module):
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 
     def _run_layers(
-        self, states: Array, context: Context, past: FlaxRollingCache | None, dropout_key: Array | None, collect: bool
+        self,
+        states: Array,
+        context: AttentionContext,
+        past: FlaxRollingCache | None,
+        dropout_key: Array | None,
+        collect: bool,
     ) -> tuple[Array, Any, Any, Any]:
         """States after all layers; keys and values by layer; the input of every layer; attention weights by layer."""
 
@@ -235,22 +222,6 @@ class MistralModule(nnx.Module):
         return states, stored, collected if collect else (), attentions
 
 
-def positions_of(mask: Array) -> Array:
-    """Positions ``[B, S]`` that begin at every row's first real token."""
-    count = mask.shape[1]
-    first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), count)
-    return jnp.maximum(jnp.arange(count) - first[:, None], 0)
-
-
-def _real_keys(past: FlaxRollingCache, cache: FlaxRollingCache, mask: Array) -> Array:
-    """Which of the keys that the new tokens meet are no padding, ``[B, T]``; see `MistralAttention`."""
-    if past.empty:
-        return mask
-    if mask.shape[1] == 1:
-        return cache.real
-    return jnp.concatenate([in_order(past.real[:, None, :, None], past.length)[:, 0, :, 0], mask], axis=1)
-
-
 class MistralDecoderLayer(nnx.Module):
     """Attention, then the feed-forward layer, each normalised before and added to the residual stream."""
 
@@ -261,7 +232,11 @@ class MistralDecoderLayer(nnx.Module):
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+        self,
+        states: Array,
+        context: AttentionContext,
+        stored: KeyValues | None = None,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues | None, Array | None]:
         """Map ``[B, S, E]`` to ``[B, S, E]``; the other arguments and results are those of `MistralAttention`."""
         attended, stored, weights = self.self_attn(self.input_layernorm(states), context, stored, dropout_key)
@@ -283,7 +258,11 @@ class MistralAttention(nnx.Module):
         self.o_proj = project(heads * self.head_dim, config.hidden_size)
 
     def __call__(
-        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+        self,
+        states: Array,
+        context: AttentionContext,
+        stored: KeyValues | None = None,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues | None, Array | None]:
         """Attend.
 

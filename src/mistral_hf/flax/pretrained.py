@@ -24,8 +24,8 @@ from ..checkpoints.writer import LazyTensor
 from ..configuration_mistral import MistralConfig
 from .cache import FlaxRollingCache
 from .compiled import forward_programs
-from .params import Params, Stacker, checked, flatten, from_state, nest, tensors_of, to_module
-from .sharding import check_mesh, place_rows, weight_sharding
+from .params import Params, Stacker, check_params, flatten, from_state, nest, tensors_of, to_module
+from .sharding import check_mesh, shard_rows, weight_sharding
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
@@ -88,7 +88,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         options = {"scan_layers": self._scan, "remat": self._remat}
         return self.module_class(self.config, self.dtype, **options, rngs=nnx.Rngs(seed))
 
-    def _places(self) -> dict[str, Any]:
+    def _shardings(self) -> dict[str, Any]:
         """A sharding for every weight, or None without a mesh."""
         mesh = self.mesh
         return {
@@ -140,16 +140,16 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         return model
 
     def _load(self, folder: Path) -> None:
-        stacker = Stacker(self.config.num_hidden_layers, self.dtype, self._places())
+        stacker = Stacker(self.config.num_hidden_layers, self.dtype, self._shardings())
         with open_weights(folder, {stored: shape for stored, (_, _, shape) in self._tensors.items()}) as weights:
             for stored, array in weights.stream():
                 stacker.put(*self._tensors[stored][:2], array)
                 del array
             for stored in weights.missing:
-                stacker.put(*self._tensors[stored][:2], self._fresh(self._tensors[stored][2]))
+                stacker.put(*self._tensors[stored][:2], self._random_weight(self._tensors[stored][2]))
         self.params = nest(stacker.arrays)
 
-    def _fresh(self, shape: Shape) -> Any:
+    def _random_weight(self, shape: Shape) -> Any:
         return jax.random.normal(jax.random.key(0), shape, self.dtype) * self.config.initializer_range
 
     def save_pretrained(
@@ -196,8 +196,9 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
 
     @params.setter
     def params(self, params: Params) -> None:
-        places, flat = self._places(), checked(params, self._abstract)
-        self._params = nest({name: jax.device_put(weight, places[name]) for name, weight in flat.items()})
+        check_params(params, self._abstract)
+        shardings, flat = self._shardings(), flatten(params)
+        self._params = nest({name: jax.device_put(weight, shardings[name]) for name, weight in flat.items()})
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
         """A cache for sequences of up to `max_length` tokens, padding included; with a window, for any length beyond W.
@@ -246,8 +247,8 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
             raise ValueError(
                 f"attention_dropout={self.config.attention_dropout} needs dropout_rng=jax.random.key(...)."
             )
-        inputs = [None if x is None else place_rows(x, self.mesh) for x in (input_ids, attention_mask, position_ids)]
-        return forward_programs(self._graph).call(
+        inputs = [None if x is None else shard_rows(x, self.mesh) for x in (input_ids, attention_mask, position_ids)]
+        return forward_programs(self._graph).forward(
             self.params if params is None else params,
             *inputs,
             past_key_values,
