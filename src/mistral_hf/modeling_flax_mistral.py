@@ -19,11 +19,11 @@ from transformers import GenerationConfig
 
 from .flax.compiled import forward_programs, generation_programs, new_tokens
 from .flax.layers import MistralForCausalLMModule, MistralModule
-from .flax.losses import IGNORE_INDEX
 from .flax.outputs import FlaxGenerateOutput
 from .flax.params import Params
-from .flax.pretrained import FlaxMistralPreTrainedModel, _check_inputs, _check_range
+from .flax.pretrained import FlaxMistralPreTrainedModel
 from .flax.sharding import shard_rows
+from .flax.validation import as_array, check_labels
 from .generation_options import check_prompt, generation_options, round_up_to_bucket
 
 
@@ -64,11 +64,13 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         Raises:
             ValueError: Shapes do not fit, or an id or a label lies outside the vocabulary.
         """
-        _check_inputs(input_ids, attention_mask, None, self.config)
+        ids, mask, _ = self._inputs(input_ids, attention_mask, None)
+        labels = as_array("labels", labels)
         if labels is not None:
-            _check_range("labels", labels, self.config.vocab_size, labels == IGNORE_INDEX)
-        inputs = [None if x is None else shard_rows(x, self.mesh) for x in (input_ids, attention_mask, labels)]
-        return forward_programs(self._graph).loss(self.params if params is None else params, *inputs, dropout_rng)
+            check_labels(labels, ids.shape, self.config.vocab_size)
+            labels = shard_rows(labels, self.mesh)
+        weights = self.params if params is None else params
+        return forward_programs(self._graph).loss(weights, ids, mask, labels, dropout_rng)
 
     def generate(
         self,
@@ -102,6 +104,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         Raises:
             ValueError: The prompt is padded on the right or has foreign ids, or an option is unknown or impossible.
         """
+        input_ids, attention_mask = as_array("input_ids", input_ids), as_array("attention_mask", attention_mask)
         prompt, real = check_prompt(input_ids, attention_mask, self.config.vocab_size)
         chosen = generation_options(self.generation_config, prompt.shape[1], generation_config, **options)
         if streamer is not None and chosen.num_beams > 1:

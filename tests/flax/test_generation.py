@@ -162,17 +162,13 @@ def test_prompts_of_similar_lengths_share_a_program(twin: Any, token_ids: Any) -
     flax_compiled.generation_programs.cache_clear()
     programs = flax_compiled.generation_programs(twin._graph, options)
     for length, new in [(3, 5), (16, 16), (9, 2), (1, 1)]:
-        assert new_tokens(twin, {"input_ids": token_ids(1, length).numpy()}, max_new_tokens=new, **GREEDY).shape == (
-            1,
-            new,
-        )
+        inputs = {"input_ids": token_ids(1, length).numpy()}
+        assert new_tokens(twin, inputs, max_new_tokens=new, **GREEDY).shape == (1, new)
     assert flax_compiled.generation_programs.cache_info().currsize == 1
     assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (1, 1)
     new_tokens(twin, {"input_ids": token_ids(1, 17).numpy()}, max_new_tokens=5, **GREEDY)
-    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (
-        2,
-        1,
-    )  # the buffer is as long as the window
+    # The loop is the same: its buffer is as long as the window.
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (2, 1)
 
 
 def test_the_buffer_is_as_long_as_the_window_and_written_in_place(twin: Any) -> None:
@@ -228,9 +224,11 @@ def test_options_come_from_call_config_and_checkpoint(
         ({"num_beams": 2, "streamer": Recorder()}, "cannot be streamed"),
         ({"typical_p": 0.5}, "no option 'typical_p'"),
         ({"num_beams": 2, "do_sample": True}, "cannot be sampled"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_length": 3}, "max_length=3 leaves no token after a prompt of 3"),
         ({"input_ids": np.array([[1, 99]])}, r"\[0, 99\)"),
     ],
-    ids=["mask", "streamer", "option", "beams", "ids"],
+    ids=["mask", "streamer", "option", "beams", "no tokens", "no room", "ids"],
 )
 def test_what_cannot_work_is_refused(twin: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -26,6 +26,7 @@ from .cache import FlaxRollingCache
 from .compiled import forward_programs
 from .params import Params, Stacker, check_params, flatten, from_state, nest, tensors_of, to_module
 from .sharding import check_mesh, shard_rows, weight_sharding
+from .validation import as_array, check_inputs
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
@@ -242,12 +243,11 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         Raises:
             ValueError: Shapes do not fit, an id lies outside the vocabulary, a cache is full, or dropout lacks its key.
         """
-        _check_inputs(input_ids, attention_mask, past_key_values, self.config)
+        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values)
         if train and self.config.attention_dropout and dropout_rng is None:
             raise ValueError(
                 f"attention_dropout={self.config.attention_dropout} needs dropout_rng=jax.random.key(...)."
             )
-        inputs = [None if x is None else shard_rows(x, self.mesh) for x in (input_ids, attention_mask, position_ids)]
         return forward_programs(self._graph).forward(
             self.params if params is None else params,
             *inputs,
@@ -258,38 +258,15 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
             **options,
         )
 
+    def _inputs(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: FlaxRollingCache | None = None
+    ) -> list[Any]:
+        """Ids, mask and positions, checked and on their devices."""
+        ids, mask = as_array("input_ids", input_ids), as_array("attention_mask", attention_mask)
+        positions = as_array("position_ids", position_ids)
+        check_inputs(ids, mask, positions, cache, self.config)
+        return [None if x is None else shard_rows(x, self.mesh) for x in (ids, mask, positions)]
+
 
 def _given(value: bool | None, default: bool) -> bool:
     return default if value is None else value
-
-
-def _check_inputs(input_ids: Any, attention_mask: Any, cache: FlaxRollingCache | None, config: MistralConfig) -> None:
-    """Check shapes, and values where they are known, before a program is compiled for them."""
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {input_ids.shape}.")
-    batch, count = input_ids.shape
-    _check_range("input_ids", input_ids, config.vocab_size)
-    if attention_mask is not None:
-        rows, columns = attention_mask.shape
-        if rows != batch or columns < count or (cache is None and columns != count):
-            raise ValueError(
-                f"attention_mask has shape {attention_mask.shape}, but there are {batch} rows of {count} tokens."
-            )
-    if cache is None:
-        return
-    if cache.real.shape[0] != batch:
-        raise ValueError(f"The cache has {cache.real.shape[0]} rows, but input_ids {batch}.")
-    if cache.slots != config.sliding_window and not isinstance(cache.length, jax.core.Tracer):
-        total = int(cache.length) + count
-        if total > cache.slots:
-            raise ValueError(
-                f"{total} tokens do not fit into a cache of {cache.slots}: give init_cache a larger max_length."
-            )
-
-
-def _check_range(name: str, ids: Any, count: int, exempt: Any = False) -> None:
-    """Check NumPy ids; reading JAX arrays would wait for the device."""
-    if not isinstance(ids, np.ndarray):
-        return
-    if (wrong := ((ids < 0) | (ids >= count)) & ~np.asarray(exempt)).any():
-        raise ValueError(f"{name} holds {ids[wrong][0]}, but ids must lie in [0, {count}).")
