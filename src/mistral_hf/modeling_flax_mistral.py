@@ -46,6 +46,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         attention_mask: Any = None,
         labels: Any = None,
         *,
+        position_ids: Any = None,
         params: Params | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
@@ -55,6 +56,8 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
             input_ids, attention_mask: ``[B, S]``, as of a call.
             labels: ``[B, S]``, -100 where the loss ignores them; by default the tokens of `input_ids`
                 that are real and follow a real one.
+            position_ids: ``[B or 1, S]``, as of a call. Where positions restart (without a mask), no label is predicted
+                from another sequence.
             params: Weights in place of the model's.
             dropout_rng: Random key; without one there is no dropout.
 
@@ -64,13 +67,13 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         Raises:
             ValueError: Shapes do not fit, or an id or a label lies outside the vocabulary.
         """
-        ids, mask, _ = self._inputs(input_ids, attention_mask, None)
+        inputs = self._inputs(input_ids, attention_mask, position_ids)
         labels = as_array("labels", labels)
         if labels is not None:
-            check_labels(labels, ids.shape, self.config.vocab_size)
+            check_labels(labels, inputs[0].shape, self.config.vocab_size)
             labels = shard_rows(labels, self.mesh)
         weights = self.params if params is None else params
-        return forward_programs(self._graph).loss(weights, ids, mask, labels, dropout_rng)
+        return forward_programs(self._graph).loss(weights, *inputs, labels, dropout_rng)
 
     def generate(
         self,

@@ -87,7 +87,9 @@ def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) ->
     mask = torch.where(reference.window_mask(7, 8), 0.0, -torch.inf)[None, None]
     expected = theirs(states, model.model.rotary_emb(states, positions), attention_mask=mask)[0]
     cos, sin = twin.module.model.rotary_emb(array(positions))
-    context = flax_attention.AttentionContext(cos, sin, jnp.ones((2, 7), bool), None, empty=True, weights_wanted=False)
+    context = flax_attention.AttentionContext(
+        cos, sin, real=jnp.ones((2, 7), bool), segments=None, length=None, empty=True, weights_wanted=False
+    )
     assert differences(jax.jit(lambda states: ours(states, context)[0])(array(states)), expected) < 1e-5
 
 

@@ -24,6 +24,7 @@ class AttentionContext(NamedTuple):
     Attributes:
         cos, sin: ``[B or 1, 1, S, D]`` in float32, the first half of sin negated.
         real: ``[B, T]``, False for keys that are padding.
+        segments: ``[B or 1, T]``, the number of the packed sequence of a token, or None if a row is one sequence.
         length: Number of tokens in the cache, or None without a cache.
         empty: Whether the cache is empty, so that it is written but not read.
         weights_wanted: Whether layers return attention weights.
@@ -32,6 +33,7 @@ class AttentionContext(NamedTuple):
     cos: Array
     sin: Array
     real: Array
+    segments: Array | None
     length: Array | None
     empty: bool
     weights_wanted: bool
@@ -44,6 +46,7 @@ def attend(
     real: Array,
     window: int | None,
     *,
+    segments: Array | None = None,
     weights_wanted: bool = False,
     dropout: float = 0.0,
     dropout_key: Array | None = None,
@@ -56,6 +59,7 @@ def attend(
         k, v: ``[B, K, T, D]``, oldest token first (for a single query that sees them all, in any order).
         real: ``[B, T]``, False for padding.
         window: W, or None to see all keys up to the query.
+        segments: ``[B or 1, T]``, the number of the packed sequence of a token; None if a row is one sequence.
         weights_wanted: Return the weights too; all queries are then one block.
         dropout: Probability of dropping a weight.
         dropout_key: Random key; without one nothing is dropped.
@@ -69,6 +73,8 @@ def attend(
     # Few queries: one mask for all of them.
     if weights_wanted or count <= 2 * block:
         visible = _visible(jnp.arange(total - count, total), jnp.arange(total), window) & real[:, None, None, None, :]
+        if segments is not None:
+            visible &= _same_segment(segments[:, total - count :], segments)
         output, weights = _attend_all(q, k, v, visible, drop, dropout_key)
         return output, weights if weights_wanted else None
     # A narrow window: bands are short. A wide one: a band reaches to the end of its piece, so cut several pieces.
@@ -78,8 +84,9 @@ def attend(
     for start in range(0, count, size):
         queries, end = q[:, :, :, start : start + size], min(total - count + start + size, total)
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, start)
-        keys, values = k[:, :, :end], v[:, :, :end]
-        outputs.append(_attend_by_blocks(queries, keys, values, real[:, :end], window, drop, key, block))
+        keys, values, real_part = k[:, :, :end], v[:, :, :end], real[:, :end]
+        part = None if segments is None else segments[:, :end]
+        outputs.append(_attend_by_blocks(queries, keys, values, real_part, window, part, drop, key, block))
     return jnp.concatenate(outputs, axis=3), None
 
 
@@ -87,6 +94,11 @@ def _visible(query: Array, key: Array, window: int | None) -> Array:
     """The window rule ``q - W < k <= q`` for indices of queries and keys, ``[S, T]``."""
     visible = key <= query[:, None]
     return visible if window is None else visible & (key > query[:, None] - window)
+
+
+def _same_segment(queries: Array, keys: Array) -> Array:
+    """Whether query and key are in one packed sequence, ``[B, 1, 1, S, T]``, from ``[B, S]`` and ``[B, T]``."""
+    return queries[:, None, None, :, None] == keys[:, None, None, None, :]
 
 
 def _attend_all(
@@ -129,6 +141,7 @@ def _attend_by_blocks(
     v: Array,
     real: Array,
     window: int | None,
+    segments: Array | None,
     drop: Any,
     dropout_key: Array | None,
     block_size: int,
@@ -142,6 +155,8 @@ def _attend_by_blocks(
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0))) for x in (k, v))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, after), (0, 0)))
     real = jnp.pad(real, ((0, 0), (before, after)))
+    if segments is not None:
+        segments = jnp.pad(segments, ((0, 0), (before, after)))
     first = before + total - count  # index of the first query among the padded keys
     band = reach + block_size
 
@@ -152,6 +167,9 @@ def _attend_by_blocks(
         keys, values = (lax.dynamic_slice_in_dim(x, start - reach, band, axis=2) for x in (k, v))
         visible = _visible(reach + jnp.arange(block_size), jnp.arange(band), window)
         visible &= lax.dynamic_slice_in_dim(real, start - reach, band, axis=1)[:, None, None, None, :]
+        if segments is not None:
+            of_queries = lax.dynamic_slice_in_dim(segments, start, block_size, axis=1)
+            visible &= _same_segment(of_queries, lax.dynamic_slice_in_dim(segments, start - reach, band, axis=1))
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, block)
         return _attend_all(queries, keys, values, visible, drop, key)[0]
 

@@ -30,7 +30,7 @@ class ForwardPrograms(NamedTuple):
 
     Attributes:
         forward: Takes weights, and the arguments of the module's call.
-        loss: Takes weights, ids, mask, labels and a dropout key; None where there is none.
+        loss: Takes weights, ids, mask, positions, labels and a dropout key; all but the first two may be None.
     """
 
     forward: Callable[..., Any]
@@ -44,12 +44,20 @@ def forward_programs(graph: Any) -> ForwardPrograms:
     def forward(params: Params, *inputs: Any, **options: Any) -> Any:
         return to_module(graph, params)(*inputs, **options)
 
-    def loss(params: Params, ids: Array, mask: Array | None, labels: Array | None, dropout_key: Array | None) -> Array:
+    def loss(
+        params: Params,
+        ids: Array,
+        mask: Array | None,
+        position_ids: Array | None,
+        labels: Array | None,
+        dropout_key: Array | None,
+    ) -> Array:
         module = to_module(graph, params)
-        states = module.model(ids, mask, dropout_key=dropout_key).last_hidden_state
+        states = module.model(ids, mask, position_ids, dropout_key=dropout_key).last_hidden_state
         if labels is None:
             labels = ids if mask is None else _real_labels(ids, mask)
-        return causal_lm_loss(states, module.output_weight, labels)
+        restarting = position_ids if mask is None else None  # under a mask, a row is one sequence
+        return causal_lm_loss(states, module.output_weight, labels, position_ids=restarting)
 
     return ForwardPrograms(jax.jit(forward, static_argnames=_OUTPUT_OPTIONS), jax.jit(loss))
 

@@ -23,7 +23,7 @@ from ..rope import rotary_frequencies
 from .attention import AttentionContext, attend
 from .cache import FlaxRollingCache, empty_cache, in_order, store
 from .outputs import FlaxCausalLMOutput, FlaxModelOutput
-from .sequence_layout import positions, real_keys
+from .sequence_layout import packed_segments, positions, real_keys
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
 _gelu = partial(jax.nn.gelu, approximate=False)
@@ -136,7 +136,8 @@ class MistralModule(nnx.Module):
         Args:
             input_ids: ``[B, S]``.
             attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are those of the new ones.
-            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0. Positions that
+                restart (without mask and cache) mark packed sequences, which do not see each other.
             past_key_values: The cached tokens.
             dropout_key: Random key of the attention dropout; without one there is none.
             output_hidden_states, output_attentions: What else to return; see `FlaxModelOutput`.
@@ -145,13 +146,17 @@ class MistralModule(nnx.Module):
         mask = jnp.ones((batch, count), bool) if attention_mask is None else attention_mask[:, -count:].astype(bool)
         past = past_key_values
         cache = None if past is None else past.advance(mask)
+        segments = None
         if position_ids is None:
             position_ids = positions(mask) if cache is None else cache.positions(count)
+        elif attention_mask is None and cache is None and count > 1:
+            segments = packed_segments(position_ids)
         cos, sin = self.rotary_emb(position_ids)
         context = AttentionContext(
             cos=cos,
             sin=sin,
             real=real_keys(mask, past, cache),
+            segments=segments,
             length=None if past is None else past.length,
             empty=past is None or past.empty,
             weights_wanted=output_attentions,
@@ -299,6 +304,7 @@ class MistralAttention(nnx.Module):
             v,
             context.real,
             self.window,
+            segments=context.segments,
             weights_wanted=context.weights_wanted,
             dropout=self.dropout,
             dropout_key=dropout_key,

@@ -15,7 +15,9 @@ IGNORE_INDEX = -100
 CHUNK = 1024  # tokens whose logits exist at once
 
 
-def causal_lm_loss(states: Array, output_weight: Array, labels: Array, chunk: int = CHUNK) -> Array:
+def causal_lm_loss(
+    states: Array, output_weight: Array, labels: Array, chunk: int = CHUNK, *, position_ids: Array | None = None
+) -> Array:
     """Mean cross-entropy of the next tokens.
 
     Logits are made for `chunk` tokens at a time, and once more in the backward pass.
@@ -25,11 +27,15 @@ def causal_lm_loss(states: Array, output_weight: Array, labels: Array, chunk: in
         output_weight: ``[V, E]``.
         labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
         chunk: Number of tokens.
+        position_ids: ``[B or 1, S]``; where they restart, a label is not predicted from the sequence before.
 
     Returns:
         A float32 scalar; 0 if all labels are ignored.
     """
-    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX).reshape(-1)
+    targets = next_labels(labels)
+    if position_ids is not None:
+        targets = within_sequences(targets, position_ids)
+    targets = targets.reshape(-1)
     states = states.reshape(-1, states.shape[-1])
     chunk = min(chunk, len(targets))
     padding = -len(targets) % chunk
@@ -46,3 +52,19 @@ def causal_lm_loss(states: Array, output_weight: Array, labels: Array, chunk: in
 
     total, _ = lax.scan(loss_of, jnp.zeros((), jnp.float32), (states, targets))
     return total / jnp.maximum((targets != IGNORE_INDEX).sum(), 1)
+
+
+def next_labels(labels: Array) -> Array:
+    """The label that each position of ``[B, S]`` predicts; that of the last one is ignored."""
+    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+
+
+def within_sequences(targets: Array, position_ids: Array) -> Array:
+    """Ignore the labels that would be predicted from another sequence, where positions restart (packing).
+
+    Args:
+        targets: ``[B, S]``, the label that each position predicts.
+        position_ids: ``[B or 1, S]``.
+    """
+    ends = jnp.pad(jnp.diff(position_ids, axis=1) != 1, ((0, 0), (0, 1)), constant_values=True)
+    return jnp.where(ends, IGNORE_INDEX, targets)

@@ -229,7 +229,8 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
             input_ids: ``[B, S]`` token ids, as NumPy or JAX array.
             attention_mask: ``[B, S]``, nonzero for real tokens. With a cache it may have columns of the cached tokens
                 before them, which change nothing: the cache knows which of its tokens are real.
-            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0. Positions that
+                restart (without mask and cache) mark packed sequences, which do not see each other.
             params: Weights in place of the model's.
             past_key_values: The cached tokens; see `init_cache`.
             output_hidden_states, output_attentions: Return these too (default: as the configuration says).
@@ -241,7 +242,8 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
             A `FlaxModelOutput` or `FlaxCausalLMOutput`.
 
         Raises:
-            ValueError: Shapes do not fit, an id lies outside the vocabulary, a cache is full, or dropout lacks its key.
+            ValueError: Shapes do not fit, an id lies outside the vocabulary, positions restart although a mask lets
+                packed sequences see each other, a cache is full, or dropout lacks its key.
         """
         inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values)
         if train and self.config.attention_dropout and dropout_rng is None:

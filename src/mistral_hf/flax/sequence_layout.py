@@ -1,4 +1,4 @@
-"""Positions and padding of the tokens of a forward pass.
+"""Positions, padding and packed sequences of the tokens of a forward pass.
 
 Legend: B batch, S new tokens, T keys.
 """
@@ -16,6 +16,16 @@ def positions(mask: Array) -> Array:
     count = mask.shape[1]
     first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), count)
     return jnp.maximum(jnp.arange(count) - first[:, None], 0)
+
+
+def packed_segments(position_ids: Array) -> Array:
+    """Number of the packed sequence of every token, ``[B or 1, S]``; a sequence begins where positions restart.
+
+    Args:
+        position_ids: ``[B or 1, S]``; they restart wherever a position is not the one after the previous.
+    """
+    restarts = jnp.diff(position_ids, axis=1) != 1
+    return jnp.pad(jnp.cumsum(restarts, axis=1), ((0, 0), (1, 0)))
 
 
 def real_keys(mask: Array, past: FlaxRollingCache | None, cache: FlaxRollingCache | None) -> Array:

@@ -54,7 +54,8 @@ def check_inputs(
         config: With `vocab_size` and `sliding_window`.
 
     Raises:
-        ValueError: Shapes do not fit, an id lies outside the vocabulary, or a cache is full.
+        ValueError: Shapes do not fit, an id lies outside the vocabulary, positions restart although a mask lets packed
+            sequences see each other, or a cache is full.
     """
     shape = tuple(input_ids.shape)
     if len(shape) != 2 or 0 in shape or not jnp.issubdtype(input_ids.dtype, jnp.integer):
@@ -71,6 +72,8 @@ def check_inputs(
             f"position_ids has shape {tuple(position_ids.shape)}, but there are {batch} rows of {count} tokens: it must"
             f" have the shape {(batch, count)} or {(1, count)}, a position for each new token."
         )
+    if cache is None and attention_mask is not None and position_ids is not None:
+        _check_one_sequence(_known(position_ids), _known(attention_mask))
     if cache is not None:
         _check_cache(cache, batch, count, config.sliding_window)
 
@@ -83,6 +86,29 @@ def _check_mask(shape: tuple[int, ...], batch: int, count: int, cached: bool) ->
         f"attention_mask has shape {shape}, but there are {batch} rows of {count} tokens: it must have the shape"
         f" {(batch, count)}, a column for each token{before}."
     )
+
+
+def _check_one_sequence(position_ids: Any, attention_mask: Any) -> None:
+    """Under a mask, all real tokens of a row see each other, so that their positions must not restart."""
+    if position_ids is None or attention_mask is None:
+        return
+    real = attention_mask.astype(bool)
+    positions = np.where(real, position_ids, -1)
+    restarts = real[:, 1:] & (positions[:, 1:] <= np.maximum.accumulate(positions, axis=1)[:, :-1])
+    if restarts.any():
+        row, index = np.argwhere(restarts)[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {index + 1}] restarts at {positions[row, index + 1]}, as in packed sequences, but the"
+            " attention_mask lets these see each other. Pack without an attention_mask, or leave out position_ids if a"
+            " row is one sequence."
+        )
+
+
+def _known(array: Any) -> Any:
+    """The values of an array, or None if it is traced or partly on the devices of other processes."""
+    if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return None
+    return np.asarray(array)
 
 
 def _check_cache(cache: FlaxRollingCache, batch: int, count: int, window: int | None) -> None:
