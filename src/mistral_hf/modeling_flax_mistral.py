@@ -47,6 +47,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         labels: Any = None,
         *,
         position_ids: Any = None,
+        label_smoothing: float | None = None,
         params: Params | None = None,
         dropout_rng: Array | None = None,
     ) -> Array:
@@ -58,6 +59,8 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
                 that are real and follow a real one.
             position_ids: ``[B or 1, S]``, as of a call. Where positions restart (without a mask), no label is predicted
                 from another sequence.
+            label_smoothing: Share of the target probability that is spread evenly over the vocabulary (default: the
+                configuration's).
             params: Weights in place of the model's.
             dropout_rng: Random key; without one there is no dropout.
 
@@ -65,15 +68,19 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
             A float32 scalar.
 
         Raises:
-            ValueError: Shapes do not fit, or an id or a label lies outside the vocabulary.
+            ValueError: As of a call; or labels do not fit, or `label_smoothing` lies outside ``[0, 1)``.
         """
         inputs = self._inputs(input_ids, attention_mask, position_ids)
         labels = as_array("labels", labels)
         if labels is not None:
             check_labels(labels, inputs[0].shape, self.config.vocab_size)
             labels = shard_rows(labels, self.mesh)
+        smoothing = self.config.label_smoothing if label_smoothing is None else label_smoothing
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"label_smoothing={smoothing} must lie in [0, 1): 0 does not smooth.")
         weights = self.params if params is None else params
-        return forward_programs(self._graph).loss(weights, *inputs, labels, dropout_rng)
+        loss = forward_programs(self._graph).loss
+        return loss(weights, *inputs, labels, dropout_rng, label_smoothing=float(smoothing))
 
     def generate(
         self,

@@ -16,7 +16,6 @@ from mistral_hf.flax import cache as flax_cache
 from mistral_hf.flax import compiled as flax_compiled
 from mistral_hf.flax import layers as flax_layers
 from mistral_hf.flax import sequence_layout as flax_layout
-from mistral_hf.flax.losses import causal_lm_loss
 from mistral_hf.modeling_mistral import MistralRotaryEmbedding
 from tests.helpers import reference
 from tests.helpers.flax_models import array, arrays, differences, flax_twin, jax, jnp, leaves, nnx, stacked
@@ -240,19 +239,6 @@ def test_remat_and_scan_change_no_gradient(
     np.testing.assert_allclose(value, gradient[1][name], atol=1e-6)
     remat = "remat" in str(jax.make_jaxpr(lambda params: other(**inputs, params=params).logits)(other.params))
     assert remat == ("gradient_checkpointing" in options)
-
-
-def test_the_loss_never_holds_all_logits() -> None:
-    states, weight = jax.random.normal(jax.random.key(0), (2, 50, 8)), jax.random.normal(jax.random.key(1), (99, 8))
-    labels = jax.random.randint(jax.random.key(2), (2, 50), 0, 99).at[0, :9].set(-100)
-    logits = torch.tensor(np.asarray(states @ weight.T))[:, :-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(labels))[:, 1:].flatten().long())
-    for chunk in (7, 100, 1024):
-        assert abs(float(causal_lm_loss(states, weight, labels, chunk)) - expected.item()) < 1e-5
-    text = str(jax.make_jaxpr(jax.grad(lambda w: causal_lm_loss(states, w, labels, 16)))(weight))
-    assert "16,99]" in text
-    assert "100,99]" not in text
-    assert float(causal_lm_loss(states, weight, jnp.full((2, 50), -100))) == 0
 
 
 def test_dropout(make_model: Any, batch: Any) -> None:

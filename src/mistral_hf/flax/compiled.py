@@ -30,7 +30,8 @@ class ForwardPrograms(NamedTuple):
 
     Attributes:
         forward: Takes weights, and the arguments of the module's call.
-        loss: Takes weights, ids, mask, positions, labels and a dropout key; all but the first two may be None.
+        loss: Takes weights, ids, mask, positions, labels and a dropout key (all but the first two may be None), and
+            the static ``label_smoothing``.
     """
 
     forward: Callable[..., Any]
@@ -51,15 +52,20 @@ def forward_programs(graph: Any) -> ForwardPrograms:
         position_ids: Array | None,
         labels: Array | None,
         dropout_key: Array | None,
+        *,
+        label_smoothing: float,
     ) -> Array:
         module = to_module(graph, params)
         states = module.model(ids, mask, position_ids, dropout_key=dropout_key).last_hidden_state
         if labels is None:
             labels = ids if mask is None else _real_labels(ids, mask)
         restarting = position_ids if mask is None else None  # under a mask, a row is one sequence
-        return causal_lm_loss(states, module.output_weight, labels, position_ids=restarting)
+        return causal_lm_loss(
+            states, module.output_weight, labels, position_ids=restarting, label_smoothing=label_smoothing
+        )
 
-    return ForwardPrograms(jax.jit(forward, static_argnames=_OUTPUT_OPTIONS), jax.jit(loss))
+    forward_program = jax.jit(forward, static_argnames=_OUTPUT_OPTIONS)
+    return ForwardPrograms(forward_program, jax.jit(loss, static_argnames="label_smoothing"))
 
 
 def _real_labels(ids: Array, mask: Array) -> Array:

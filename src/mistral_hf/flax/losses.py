@@ -16,7 +16,13 @@ CHUNK = 1024  # tokens whose logits exist at once
 
 
 def causal_lm_loss(
-    states: Array, output_weight: Array, labels: Array, chunk: int = CHUNK, *, position_ids: Array | None = None
+    states: Array,
+    output_weight: Array,
+    labels: Array,
+    chunk: int = CHUNK,
+    *,
+    position_ids: Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> Array:
     """Mean cross-entropy of the next tokens.
 
@@ -28,6 +34,7 @@ def causal_lm_loss(
         labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
         chunk: Number of tokens.
         position_ids: ``[B or 1, S]``; where they restart, a label is not predicted from the sequence before.
+        label_smoothing: Share of the target probability that is spread evenly over the vocabulary.
 
     Returns:
         A float32 scalar; 0 if all labels are ignored.
@@ -46,12 +53,20 @@ def causal_lm_loss(
     def loss_of(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
         states, targets = inputs
         logits = linear(states.astype(jnp.float32), output_weight.astype(jnp.float32))
-        likelihoods = jax.nn.log_softmax(logits)
-        chosen = jnp.take_along_axis(likelihoods, jnp.maximum(targets, 0)[:, None], axis=1)[:, 0]
-        return total - jnp.where(targets == IGNORE_INDEX, 0, chosen).sum(), None
+        log_probs = jax.nn.log_softmax(logits)
+        losses = _smoothed(log_probs, jnp.maximum(targets, 0), label_smoothing)
+        return total + jnp.where(targets == IGNORE_INDEX, 0, losses).sum(), None
 
     total, _ = lax.scan(loss_of, jnp.zeros((), jnp.float32), (states, targets))
     return total / jnp.maximum((targets != IGNORE_INDEX).sum(), 1)
+
+
+def _smoothed(log_probs: Array, targets: Array, label_smoothing: float) -> Array:
+    """Cross-entropy ``[N]`` of ``[N, V]`` with targets, a share of which is spread evenly over the classes."""
+    losses = -jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+    if not label_smoothing:
+        return losses
+    return (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(axis=-1)
 
 
 def next_labels(labels: Array) -> Array:
