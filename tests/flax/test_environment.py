@@ -1,4 +1,4 @@
-"""What a process must or need not have for the JAX port: packages, several devices; and its example."""
+"""The JAX port without other packages, on several devices, and in its example."""
 
 import runpy
 import sys
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("missing", ["jax", "flax"])
-def test_without_the_extra(missing: str) -> None:
-    """The package is imported without jax, and the first use of the port says what to install."""
+def test_without_the_extra_the_first_use_says_what_to_install(missing: str) -> None:
+    """The package itself is imported without jax."""
     code = """
 import mistral_hf
 print(any(name in sys.modules for name in ("jax", "flax", "tensorflow")))
@@ -34,7 +34,7 @@ except ImportError as error:
     assert "pip install 'mistral_hf[flax]'" in message
 
 
-def test_without_torch() -> None:
+def test_the_port_needs_neither_torch_nor_tensorflow() -> None:
     code = """
 import numpy as np
 from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM
@@ -87,8 +87,8 @@ print(len(jax.devices()))
 """
 
 
-def test_eight_devices() -> None:
-    """Tensor and data parallel: weights spread over the devices, the same logits and tokens."""
+def test_eight_devices_compute_what_one_computes() -> None:
+    """Tensor and data parallel: weights are spread over the devices; logits and tokens are the same."""
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     assert run_python(MESHES, **environment).splitlines()[-1] == "8"
 

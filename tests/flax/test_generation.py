@@ -21,7 +21,7 @@ from mistral_hf.flax import compiled as flax_compiled
 from mistral_hf.flax import logits as flax_logits
 from mistral_hf.generation_options import GenerationOptions
 from tests.helpers import reference
-from tests.helpers.flax_models import arrays, differences, flax_twin, jax, jnp, stacked
+from tests.helpers.flax_models import arrays, differences, jax, jnp, stacked, to_flax
 
 GREEDY = {"do_sample": False}
 
@@ -33,7 +33,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def twin(model: Any) -> Any:
-    return flax_twin(model)
+    return to_flax(model)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def new_tokens(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     return np.asarray(sequences)[:, inputs["input_ids"].shape[1] :]
 
 
-def test_trained_weights(bundled: tuple[Any, Any]) -> None:
-    """Logits within 3e-4 of float64, and 128 equal tokens beyond the window of 128, from left-padded prompts."""
+def test_trained_weights_give_the_logits_and_tokens_of_pytorch(bundled: tuple[Any, Any]) -> None:
+    """Logits within 3e-4 of float64; 128 equal tokens, past the window of 128, from left-padded prompts."""
     ours, twin = bundled
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
     prompts = ["Once upon a time", "It is a truth universally acknowledged, that a single man", "The President"]
@@ -69,28 +69,30 @@ def test_trained_weights(bundled: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
-def test_greedy_tokens_are_the_oracle_s(make_model: Any, padded: Any, window: int | None) -> None:
-    """Prompts longer than the window, one of them padded; the buffer wraps at least twice."""
+def test_greedy_tokens_match_the_oracle(make_model: Any, padded: Any, window: int | None) -> None:
+    """From prompts longer than the window, one of them padded; the buffer wraps at least twice."""
     rope = {"rope_type": "default", "rope_theta": 50.0}
     model, inputs = make_model(sliding_window=window, rope_parameters=rope, eos_token_id=None), padded(9, 4)
     weights = {name: weight.double() for name, weight in model.state_dict().items()}
     expected = reference.greedy(weights, model.config, inputs["input_ids"], 14, inputs["attention_mask"])[:, 9:]
-    assert np.array_equal(new_tokens(flax_twin(model), arrays(inputs), max_new_tokens=14, **GREEDY), expected)
+    assert np.array_equal(new_tokens(to_flax(model), arrays(inputs), max_new_tokens=14, **GREEDY), expected)
 
 
-def test_scanned_layers_and_other_weights_generate(model: Any, twin: Any, make_model: Any, padded: Any) -> None:
+def test_scanned_layers_generate_the_same_and_params_replace_the_weights(
+    model: Any, twin: Any, make_model: Any, padded: Any
+) -> None:
     inputs = arrays(padded(9, 4))
     expected = new_tokens(twin, inputs, max_new_tokens=14, **GREEDY)
     scanned = stacked(twin)
     assert np.array_equal(new_tokens(scanned, inputs, max_new_tokens=14, **GREEDY), expected)
-    other = flax_twin(make_model(seed=3, eos_token_id=None, sliding_window=5))
+    other = to_flax(make_model(seed=3, eos_token_id=None, sliding_window=5))
     changed = new_tokens(twin, inputs, params=other.params, max_new_tokens=14, **GREEDY)
     assert np.array_equal(changed, new_tokens(other, inputs, max_new_tokens=14, **GREEDY))
     assert not np.array_equal(changed, expected)
 
 
-def test_rows_end_by_themselves(model: Any, twin: Any, padded: Any) -> None:
-    """As in PyTorch: an ended row is padded, and all stop when the last one has ended."""
+def test_every_row_ends_at_its_first_end_token(model: Any, twin: Any, padded: Any) -> None:
+    """As in PyTorch: an ended row is padded, and generation stops when all rows have ended."""
     inputs = padded(9, 4, 7)
     free = new_tokens(twin, arrays(inputs), max_new_tokens=14, **GREEDY)
     ends = [int(free[0, 2]), int(free[1, 4]), int(free[2, 6])]
@@ -112,8 +114,10 @@ def test_rows_end_by_themselves(model: Any, twin: Any, padded: Any) -> None:
     ],
     ids=str,
 )
-def test_searches_are_pytorch_s(model: Any, twin: Any, padded: Any, options: dict[str, Any]) -> None:
-    inputs = padded(9, 9 if "repetition_penalty" in options else 4)  # PyTorch penalises the padding token, too
+def test_beam_search_and_repetition_penalty_match_pytorch(
+    model: Any, twin: Any, padded: Any, options: dict[str, Any]
+) -> None:
+    inputs = padded(9, 9 if "repetition_penalty" in options else 4)  # PyTorch would penalize the padding token too
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
     assert np.array_equal(new_tokens(twin, arrays(inputs), **options), new_tokens(model, inputs, **options))
 
@@ -143,7 +147,7 @@ def test_sampling_follows_its_key(twin: Any, token_ids: Any) -> None:
     ],
     ids=["all", "temperature", "top_k", "top_p", "min_p", "together"],
 )
-def test_samples_have_the_library_s_distribution(options: dict[str, Any], warpers: list[Any]) -> None:
+def test_samples_have_the_distribution_of_transformers(options: dict[str, Any], warpers: list[Any]) -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
     scores, count = logits, 40_000
     for warper in warpers:
@@ -183,7 +187,7 @@ def test_the_buffer_is_as_long_as_the_window_and_written_in_place(twin: Any) -> 
 
 
 class Recorder:
-    """A streamer that keeps what it gets."""
+    """A streamer that records what it receives."""
 
     def __init__(self) -> None:
         self.pieces: list[Any] = []
@@ -197,7 +201,7 @@ class Recorder:
         self.ended = True
 
 
-def test_a_streamer_gets_every_token(twin: Any, token_ids: Any) -> None:
+def test_a_streamer_receives_every_token(twin: Any, token_ids: Any) -> None:
     inputs, recorder = {"input_ids": token_ids(1, 5).numpy()}, Recorder()
     expected = new_tokens(twin, inputs, max_new_tokens=9, **GREEDY)
     output = twin.generate(**inputs, streamer=recorder, max_new_tokens=9, **GREEDY)
@@ -230,6 +234,6 @@ def test_options_come_from_call_config_and_checkpoint(
     ],
     ids=["mask", "streamer", "option", "beams", "no tokens", "no room", "ids"],
 )
-def test_what_cannot_work_is_refused(twin: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_prompts_and_options_are_refused(twin: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         twin.generate(**{"input_ids": np.ones((1, 3), int), **options})

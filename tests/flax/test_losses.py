@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistral_hf.flax.losses import causal_lm_loss
-from tests.helpers.flax_models import arrays, differences, flax_twin, jax, jnp, leaves
+from tests.helpers.flax_models import arrays, differences, jax, jnp, leaves, to_flax
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def smoothed_model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def inputs(padded: Any) -> Any:
-    """Two rows, one of them padded, with labels some of which are ignored, as PyTorch tensors."""
+    """Two rows, one of them padded, with some labels ignored, as PyTorch tensors."""
     batch = padded(19, 13)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[0, 5:9] = -100
@@ -27,8 +27,8 @@ def inputs(padded: Any) -> Any:
 
 
 def test_label_smoothing_of_the_configuration_matches_pytorch(smoothed_model: Any, inputs: Any) -> None:
-    """In value and gradients; -100 is ignored with its smoothing."""
-    twin = flax_twin(smoothed_model)
+    """In value and gradients; ignored labels are not smoothed either."""
+    twin = to_flax(smoothed_model)
     loss, gradient = jax.value_and_grad(lambda params: twin.loss(**arrays(inputs), params=params))(twin.params)
     smoothed_model.zero_grad()
     expected = smoothed_model(**inputs).loss
@@ -42,7 +42,7 @@ def test_label_smoothing_of_the_configuration_matches_pytorch(smoothed_model: An
 def test_label_smoothing_of_the_call_overrides_the_configuration(
     smoothed_model: Any, make_model: Any, inputs: Any
 ) -> None:
-    twin, plain = flax_twin(smoothed_model), flax_twin(make_model())
+    twin, plain = to_flax(smoothed_model), to_flax(make_model())
     given = arrays(inputs)
     assert float(twin.loss(**given, label_smoothing=0)) == float(plain.loss(**given))
     assert float(plain.loss(**given, label_smoothing=0.3)) == float(twin.loss(**given))

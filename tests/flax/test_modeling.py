@@ -1,4 +1,4 @@
-"""The JAX model computes what the PyTorch model and the float64 oracle compute: modules, whole, cached, trained."""
+"""The JAX model matches the PyTorch model and the float64 oracle: its modules, whole, cached, trained."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from mistral_hf.flax import layers as flax_layers
 from mistral_hf.flax import sequence_layout as flax_layout
 from mistral_hf.modeling_mistral import MistralRotaryEmbedding
 from tests.helpers import reference
-from tests.helpers.flax_models import array, arrays, differences, flax_twin, jax, jnp, leaves, nnx, stacked
+from tests.helpers.flax_models import array, arrays, differences, jax, jnp, leaves, nnx, stacked, to_flax
 
 LENGTH = 19  # more than twice the widest window
 
@@ -30,7 +30,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def twin(model: Any) -> Any:
-    return flax_twin(model)
+    return to_flax(model)
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def oracle(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_logits_are_the_oracle_s(make_model: Any, batch: Any, overrides: dict[str, Any]) -> None:
+def test_logits_match_the_float64_oracle(make_model: Any, batch: Any, overrides: dict[str, Any]) -> None:
     model = make_model(**overrides)
-    logits = flax_twin(model)(**arrays(batch)).logits
+    logits = to_flax(model)(**arrays(batch)).logits
     assert differences(logits, oracle(model, batch), batch["attention_mask"]) < 2e-5
 
 
-def test_every_layer_is_the_pytorch_model_s(model: Any, twin: Any, batch: Any) -> None:
+def test_states_and_attentions_of_every_layer_match_pytorch(model: Any, twin: Any, batch: Any) -> None:
     model.set_attn_implementation("eager")
     wanted = {"output_hidden_states": True, "output_attentions": True}
     expected = model(**batch, **wanted)
@@ -76,7 +76,7 @@ def test_every_layer_is_the_pytorch_model_s(model: Any, twin: Any, batch: Any) -
 
 
 @pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
-def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) -> None:
+def test_every_module_matches_pytorch(model: Any, twin: Any, name: str) -> None:
     states = torch.randn(2, 7, 32)
     ours, theirs = (getattr(decoder.layers[1], name) for decoder in (twin.module.model, model.model))
     if name != "self_attn":
@@ -93,7 +93,7 @@ def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) ->
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_rotary_embeddings(kind: str, tiny: Any, rope_parameters: Any) -> None:
+def test_rotary_embeddings_match_pytorch(kind: str, tiny: Any, rope_parameters: Any) -> None:
     config = MistralConfig(**tiny(rope_parameters=rope_parameters(kind), head_dim=32))
     positions = torch.tensor([[0, 1, 5, 63, 900]])
     expected = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
@@ -109,7 +109,7 @@ def test_other_rotary_embeddings_are_refused(kind: str, tiny: Any, rope_paramete
 
 
 @pytest.mark.parametrize("name", sorted(flax_layers.ACTIVATIONS))
-def test_activations(name: str) -> None:
+def test_activations_match_transformers(name: str) -> None:
     x = torch.linspace(-8, 8, 101)
     assert differences(flax_layers.ACTIVATIONS[name](array(x)), ACT2FN[name](x)) < 2e-6
 
@@ -120,10 +120,10 @@ def test_an_unknown_activation_is_refused(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(make_model: Any, batch: Any, dtype: str) -> None:
-    """As near to float64 as PyTorch comes."""
+def test_half_precision_is_as_exact_as_pytorch(make_model: Any, batch: Any, dtype: str) -> None:
+    """The error against float64 is at most half as large again."""
     model = make_model().to(getattr(torch, dtype))
-    expected, twin = oracle(model, batch), flax_twin(model, dtype)
+    expected, twin = oracle(model, batch), to_flax(model, dtype)
     logits = twin(**arrays(batch)).logits
     assert logits.dtype == dtype
     real = batch["attention_mask"]
@@ -132,13 +132,15 @@ def test_half_precision(make_model: Any, batch: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("window", "scan_layers"), [(5, False), (5, True), (None, False)])
-def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | None, scan_layers: bool) -> None:
-    """A first chunk, single tokens, chunks shorter and longer than the window; the buffer wraps several times.
+def test_a_prompt_read_in_chunks_has_the_logits_of_one_pass(
+    make_model: Any, batch: Any, window: int | None, scan_layers: bool
+) -> None:
+    """With single tokens, and chunks shorter and longer than the window; the buffer wraps several times.
 
-    Masks of the last pieces cover the cached tokens too.
+    The masks of the last chunks cover the cached tokens too.
     """
     model = make_model(sliding_window=window)
-    twin, inputs = flax_twin(model), arrays(batch)
+    twin, inputs = to_flax(model), arrays(batch)
     if scan_layers:
         twin = stacked(twin)
     cache = twin.init_cache(2, LENGTH)
@@ -155,7 +157,7 @@ def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | N
 
 
 def test_positions_begin_at_the_first_real_token() -> None:
-    """Also if a row has none in the first pieces of a cached prompt, and after the buffer has wrapped."""
+    """Also if the first chunks of a row are padding only, and after the buffer has wrapped."""
     mask = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], bool)
     expected = np.array([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]])
     assert np.array_equal(flax_layout.positions(mask), expected)
@@ -166,7 +168,7 @@ def test_positions_begin_at_the_first_real_token() -> None:
     assert np.array_equal(cache.real, [[True] * 3] * 2)
 
 
-def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
+def test_logits_to_keep_keeps_the_last_and_position_ids_replace_the_default(twin: Any, batch: Any) -> None:
     inputs = arrays(batch)
     logits = twin(**inputs).logits
     np.testing.assert_allclose(twin(**inputs, logits_to_keep=2).logits, logits[:, -2:], atol=1e-5)
@@ -176,8 +178,8 @@ def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize(("window", "past"), [(1, 0), (6, 5), (None, 0)])
-def test_attention_in_blocks(window: int | None, past: int) -> None:
-    """Values and gradients are those of the whole mask, for lengths that do not divide into blocks."""
+def test_attention_by_blocks_matches_that_with_the_whole_mask(window: int | None, past: int) -> None:
+    """In values and gradients, for lengths that blocks do not divide."""
     count, total = 37, 37 + past
     key = jax.random.key(0)
     q, k, v = (
@@ -198,7 +200,7 @@ def test_attention_in_blocks(window: int | None, past: int) -> None:
 
 
 def test_no_mask_of_the_whole_input_is_built() -> None:
-    """With W much shorter than S, nothing of S by S elements is made."""
+    """With W much shorter than S, no array of S by S elements is allocated."""
     count = 4096
     q, k = jax.ShapeDtypeStruct((1, 1, 1, count, 4), "float32"), jax.ShapeDtypeStruct((1, 1, count, 4), "float32")
     real = jax.ShapeDtypeStruct((1, count), "bool")
@@ -214,7 +216,7 @@ def gradient(twin: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     return value, leaves(tree)
 
 
-def test_gradients_are_pytorch_s(model: Any, gradient: Any, batch: Any) -> None:
+def test_the_loss_and_its_gradients_match_pytorch(model: Any, gradient: Any, batch: Any) -> None:
     labels = batch["input_ids"].clone()
     labels[1, :7] = -100  # padding, and the token that only padding precedes
     loss = model(**batch, labels=labels).loss
@@ -226,11 +228,11 @@ def test_gradients_are_pytorch_s(model: Any, gradient: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"scan_layers": True}], ids=str)
-def test_remat_and_scan_change_no_gradient(
+def test_checkpointed_and_scanned_layers_have_the_same_gradients(
     model: Any, twin: Any, gradient: Any, batch: Any, options: dict[str, bool]
 ) -> None:
     inputs = arrays(batch)
-    other = flax_twin(model, **options) if "scan_layers" not in options else stacked(twin)
+    other = to_flax(model, **options) if "scan_layers" not in options else stacked(twin)
     found = jax.grad(lambda params: other.loss(**inputs, params=params))(other.params)
     name = "model.layers.1.self_attn.k_proj.weight"
     value = (
@@ -241,8 +243,8 @@ def test_remat_and_scan_change_no_gradient(
     assert remat == ("gradient_checkpointing" in options)
 
 
-def test_dropout(make_model: Any, batch: Any) -> None:
-    twin, inputs = flax_twin(make_model(attention_dropout=0.5)), arrays(batch)
+def test_dropout_follows_its_key_and_is_off_unless_training(make_model: Any, batch: Any) -> None:
+    twin, inputs = to_flax(make_model(attention_dropout=0.5)), arrays(batch)
     still = twin(**inputs).logits
     first, again, other = (twin(**inputs, train=True, dropout_rng=jax.random.key(seed)).logits for seed in (0, 0, 1))
     assert np.array_equal(first, again)
@@ -278,7 +280,7 @@ def test_outputs_and_parameters_are_pytrees(twin: Any, batch: Any) -> None:
     assert twin.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"].shape == (48, 32)
 
 
-def test_the_module_is_nnx(twin: Any, batch: Any) -> None:
+def test_the_module_is_nnx_and_its_weights_can_be_taken_over(twin: Any, batch: Any) -> None:
     module = twin.module
     assert isinstance(module, nnx.Module)
     assert isinstance(module.model.layers[0].self_attn.q_proj.weight, nnx.Param)
@@ -300,8 +302,8 @@ def test_a_shape_is_compiled_once(twin: Any) -> None:
     compiled = forward._cache_size()
     for _ in range(2):
         twin(ids * 2)
-    flax_twin_again = type(twin)(twin.config)
-    flax_twin_again(ids)
+    again = type(twin)(twin.config)
+    again(ids)
     assert forward._cache_size() == compiled
     twin(ids[:, :3])
     assert forward._cache_size() == compiled + 1
@@ -315,23 +317,35 @@ def test_a_shape_is_compiled_once(twin: Any) -> None:
         ({"input_ids": np.ones((2, 3), int), "attention_mask": np.ones((2, 4), int)}, r"\(2, 4\).*3 tokens"),
     ],
 )
-def test_bad_inputs_are_refused(twin: Any, inputs: dict[str, Any], message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(twin: Any, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         twin(**inputs)
 
 
-def test_a_full_cache_and_wrong_weights_are_refused(twin: Any) -> None:
+def test_a_full_cache_and_one_of_another_batch_are_refused(twin: Any) -> None:
     ids = np.ones((1, 5), int)
     cache = twin(ids, past_key_values=twin.init_cache(1, 7)).past_key_values
     with pytest.raises(ValueError, match="10 tokens do not fit into a cache of 7"):
         twin(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="1 rows"):
         twin(np.ones((2, 1), int), past_key_values=cache)
+
+
+def test_weights_that_do_not_fit_are_refused(twin: Any) -> None:
     with pytest.raises(ValueError, match=r"lack lm_head\.weight"):
         twin.params = {"model": twin.params["model"]}
     with pytest.raises(ValueError, match=r"lm_head\.weight has shape"):
         twin.params = {**twin.params, "lm_head": {"weight": np.zeros((3, 3))}}
+    with pytest.raises(ValueError, match=r"unknown weight score\.weight"):
+        twin.params = {**twin.params, "score": {"weight": np.zeros((3, 3))}}
+
+
+def test_other_dtypes_are_refused(twin: Any) -> None:
     with pytest.raises(ValueError, match="int8"):
         type(twin)(twin.config, dtype="int8")
+
+
+def test_labels_outside_the_vocabulary_are_refused(twin: Any) -> None:
+    ids = np.ones((1, 5), int)
     with pytest.raises(ValueError, match=r"labels\[0, 0\] = -5.*\[0, 99\)"):
         twin.loss(ids, labels=ids - 6)

@@ -1,4 +1,4 @@
-"""Packed sequences in JAX: positions that restart keep sequences apart, in the forward pass and in the loss."""
+"""Packed sequences in JAX: where positions restart, tokens see and predict nothing of another sequence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from mistral_hf import RollingCache
 from mistral_hf.flax import attention as flax_attention
 from mistral_hf.flax import layers as flax_layers
 from mistral_hf.flax import sequence_layout as flax_layout
-from tests.helpers.flax_models import array, arrays, differences, flax_twin, jax, jnp, leaves, stacked
+from tests.helpers.flax_models import array, arrays, differences, jax, jnp, leaves, stacked, to_flax
 
 LENGTHS = (3, 11, 1, 6)  # shorter and longer than the window of 5
 TOTAL = sum(LENGTHS)
@@ -24,7 +24,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def twin(model: Any) -> Any:
-    return flax_twin(model)
+    return to_flax(model)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def positions_of(lengths: tuple[int, ...]) -> torch.Tensor:
 
 
 def alone(run: Callable[[Any], Any], ids: Any, lengths: tuple[int, ...] = LENGTHS) -> Any:
-    """What a function of ids returns for each sequence, joined along the tokens."""
+    """The results of a function of ids for each sequence, joined along the tokens."""
     sequences = np.split(ids, np.cumsum(lengths)[:-1], axis=1)
     return np.concatenate([run(sequence) for sequence in sequences], axis=1)
 
@@ -48,7 +48,7 @@ def test_packed_sequences_have_the_logits_of_each_alone_and_of_pytorch(
     make_model: Any, packed: Any, window: int | None
 ) -> None:
     model = make_model(sliding_window=window)
-    twin, inputs = flax_twin(model), arrays(packed)
+    twin, inputs = to_flax(model), arrays(packed)
     logits = twin(**inputs).logits
     np.testing.assert_allclose(logits, alone(lambda ids: twin(ids).logits, inputs["input_ids"]), atol=2e-5)
     assert differences(logits, model(**packed).logits) < 2e-5
@@ -59,7 +59,7 @@ def test_scanned_layers_checkpoints_and_compiled_callers_keep_sequences_apart(
 ) -> None:
     inputs = arrays(packed)
     expected = alone(lambda ids: twin(ids).logits, inputs["input_ids"])
-    for other in (stacked(twin), flax_twin(model, gradient_checkpointing=True)):
+    for other in (stacked(twin), to_flax(model, gradient_checkpointing=True)):
         np.testing.assert_allclose(other(**inputs).logits, expected, atol=2e-5)
     compiled = jax.jit(lambda ids, positions: twin(ids, position_ids=positions).logits)
     np.testing.assert_allclose(compiled(*inputs.values()), expected, atol=2e-5)
@@ -73,7 +73,7 @@ def test_long_inputs_keep_sequences_apart_in_blocks(make_model: Any, token_ids: 
     lengths = (200, flax_attention.BLOCK - 72, 150, 1, 90)
     model, ids = make_model(sliding_window=window), token_ids(1, sum(lengths))
     assert sum(lengths) > 2 * flax_attention.BLOCK
-    twin, positions = flax_twin(model), positions_of(lengths)
+    twin, positions = to_flax(model), positions_of(lengths)
     logits = twin(ids.numpy(), position_ids=positions.numpy()).logits
     np.testing.assert_allclose(logits, alone(lambda ids: twin(ids).logits, ids.numpy(), lengths), atol=3e-5)
     assert differences(logits, model(ids, position_ids=positions).logits) < 3e-5
@@ -106,7 +106,7 @@ def test_positions_that_do_not_restart_change_nothing(twin: Any, token_ids: Any)
 def test_without_positions_nothing_is_computed_for_packing(
     twin: Any, packed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor with a mask or a cache, under which a row is one sequence."""
+    """Nor with a mask or a cache, with which a row is one sequence."""
 
     def fail(*args: Any) -> None:
         raise AssertionError("packed_segments was called")
@@ -129,7 +129,7 @@ def test_segments_are_counted_from_position_to_position() -> None:
 
 
 def test_a_mask_that_lets_packed_sequences_see_each_other_is_refused(model: Any, twin: Any, packed: Any) -> None:
-    """As in PyTorch; positions that begin again after padding, or stand still on it, are one sequence."""
+    """As in PyTorch; positions of padding do not matter."""
     inputs = arrays(packed)
     ones = np.ones((1, TOTAL), int)
     message = r"position_ids\[0, 3\] restarts at 0.*attention_mask"
@@ -146,7 +146,7 @@ def test_a_mask_that_lets_packed_sequences_see_each_other_is_refused(model: Any,
 
 
 def test_with_a_mask_of_unknown_values_a_row_is_one_sequence(twin: Any, packed: Any) -> None:
-    """In a compiled function of the caller nothing can be refused; PyTorch's does the same."""
+    """A compiled function of the caller cannot refuse it; PyTorch computes the same there."""
     inputs = arrays(packed)
     ones = np.ones((1, TOTAL), int)
     masked = jax.jit(lambda ids, mask, positions: twin(ids, mask, positions).logits)
@@ -168,7 +168,7 @@ def test_the_loss_and_its_gradients_match_each_sequence_alone_and_pytorch(
 ) -> None:
     """No label is predicted from another sequence."""
     inputs, ids = arrays(packed), packed["input_ids"].numpy()
-    other = stacked(twin) if "scan_layers" in options else flax_twin(model, **options)
+    other = stacked(twin) if "scan_layers" in options else to_flax(model, **options)
 
     def mean_of_parts(params: Any) -> Any:
         sequences = np.split(ids, np.cumsum(LENGTHS)[:-1], axis=1)
@@ -205,7 +205,7 @@ def test_labels_of_the_caller_are_not_predicted_from_another_sequence(model: Any
 
 
 def test_the_loss_takes_positions_beside_a_mask(model: Any, twin: Any, padded: Any) -> None:
-    """A row is one sequence then, and its positions turn the rotary embedding only."""
+    """A row is then one sequence, and positions change only the rotary embedding."""
     inputs = padded(9, 6)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0) * 2
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)

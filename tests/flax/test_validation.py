@@ -1,4 +1,4 @@
-"""Bad input of the JAX models is refused by name, before anything is compiled; lists are input like arrays."""
+"""The JAX models name bad input before anything is compiled, and take lists as they take arrays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.flax_models import flax_twin, jax, jnp
+from tests.helpers.flax_models import jax, jnp, to_flax
 
 IDS = [[5, 6, 7], [8, 9, 10]]
 MASK = [[1, 1, 1], [0, 1, 1]]
@@ -15,11 +15,11 @@ MASK = [[1, 1, 1], [0, 1, 1]]
 
 @pytest.fixture(scope="module")
 def twin(make_model: Callable[..., Any]) -> Any:
-    return flax_twin(make_model(eos_token_id=None))
+    return to_flax(make_model(eos_token_id=None))
 
 
 def calls(twin: Any) -> dict[str, Callable[..., Any]]:
-    """What takes input, by name."""
+    """The methods that take input, by name."""
     return {"call": twin, "loss": twin.loss, "generate": twin.generate}
 
 
@@ -79,7 +79,7 @@ def test_the_message_names_the_first_id_outside_the_vocabulary(twin: Any) -> Non
 
 
 def test_shapes_are_checked_before_anything_is_compiled(twin: Any) -> None:
-    """Also where values are not known, as in a compiled function of the caller."""
+    """Also where values are unknown, as in a compiled function of the caller."""
     with pytest.raises(ValueError, match=r"position_ids has shape \(1, 4\)"):
         jax.jit(lambda ids, positions: twin(ids, None, positions).logits)(jnp.array(IDS), jnp.zeros((1, 4), int))
 

@@ -26,7 +26,7 @@ class AttentionContext(NamedTuple):
         real: ``[B, T]``, False for keys that are padding.
         segments: ``[B or 1, T]``, the number of the packed sequence of a token, or None if a row is one sequence.
         length: Number of tokens in the cache, or None without a cache.
-        empty: Whether the cache is empty, so that it is written but not read.
+        empty: Whether the cache is empty: it is then written but not read.
         weights_wanted: Whether layers return attention weights.
     """
 
@@ -151,7 +151,7 @@ def _attend_by_blocks(
     blocks = -(-count // block_size)
     reach = total if window is None else min(window - 1, total)  # keys before a block that its queries may see
     before, after = max(0, reach - (total - count)), blocks * block_size - count
-    # Pad, so that every band lies within the keys and every block is full.
+    # Padding makes every block full and keeps every band within the keys.
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0))) for x in (k, v))
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, after), (0, 0)))
     real = jnp.pad(real, ((0, 0), (before, after)))

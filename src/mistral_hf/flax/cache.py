@@ -23,7 +23,7 @@ from jax import Array, lax
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FlaxRollingCache:
-    """Keys and values of the last tokens of every layer; an immutable pytree, of which every call returns a new one.
+    """Keys and values of the last tokens of every layer; an immutable pytree: every call returns a new one.
 
     Attributes:
         keys: ``[B, K, slots, D]`` for every layer, or all layers in one ``[layers, B, K, slots, D]``.

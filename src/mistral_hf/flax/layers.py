@@ -1,6 +1,6 @@
-"""The JAX Mistral as Flax NNX modules, top-down, with the names of the Hugging Face checkpoint.
+"""The Flax NNX modules of the JAX port, top-down, named as in the Hugging Face checkpoint.
 
-Every weight has the shape and the orientation of the checkpoint: a projection is ``[out, in]``.
+Every weight has the shape and orientation of the checkpoint: that of a projection is ``[out, in]``.
 
 Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, G = H / K, D head_dim, E hidden_size,
 V vocabulary.
@@ -48,7 +48,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-
 KeyValues = tuple[Array, Array]
 
 
@@ -56,11 +55,14 @@ class MistralForCausalLMModule(nnx.Module):
     """A `MistralModule` and an output layer over the vocabulary, which may share the embeddings' weights.
 
     Args:
-        config: Sizes, window, rotary embedding, activation.
-        dtype: Of weights and activations.
+        config: The model's configuration.
+        dtype: Dtype of weights and activations.
         scan_layers: Keep every weight of all layers in one array, and compile one layer instead of all.
         remat: Recompute a layer's activations in the backward pass instead of keeping them.
-        rngs: With a stream ``params``.
+        rngs: Random keys, with a stream ``params``.
+
+    Raises:
+        ValueError: The port does not have the activation or the rotary embedding.
     """
 
     def __init__(
@@ -82,7 +84,10 @@ class MistralForCausalLMModule(nnx.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     def __call__(self, input_ids: Array, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> FlaxCausalLMOutput:
-        """Predict the next token at every position, or at the last `logits_to_keep`; else as `MistralModule`."""
+        """Predict the next token at every position, or at the last `logits_to_keep` ones.
+
+        Other arguments are those of `MistralModule`.
+        """
         outputs = self.model(input_ids, *args, **kwargs)
         return FlaxCausalLMOutput(
             logits=linear(outputs.last_hidden_state[:, -logits_to_keep:], self.output_weight),
@@ -93,7 +98,7 @@ class MistralForCausalLMModule(nnx.Module):
 
 
 class MistralModule(nnx.Module):
-    """The decoder: embeddings, layers and the last norm. Arguments are those of `MistralForCausalLMModule`."""
+    """The decoder: embeddings, layers and the last norm; arguments are those of `MistralForCausalLMModule`."""
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class MistralModule(nnx.Module):
 
         Args:
             input_ids: ``[B, S]``.
-            attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are those of the new ones.
+            attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are for the new ones.
             position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0. Positions that
                 restart (without mask and cache) mark packed sequences, which do not see each other.
             past_key_values: The cached tokens.
@@ -174,7 +179,7 @@ class MistralModule(nnx.Module):
         )
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
-        """An empty cache for sequences of up to `max_length` tokens; with a window, for any length beyond W."""
+        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length."""
         slots = min(self.window or max_length, max_length)
         shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
@@ -187,7 +192,12 @@ class MistralModule(nnx.Module):
         dropout_key: Array | None,
         collect: bool,
     ) -> tuple[Array, Any, Any, Any]:
-        """States after all layers; keys and values by layer; the input of every layer; attention weights by layer."""
+        """Run all layers.
+
+        Returns:
+            The last states; keys and values of the cache by layer; with `collect`, the input of every layer; and the
+            attention weights by layer.
+        """
 
         def run(
             graph: Any, weights: Any, states: Array, stored: KeyValues | None, index: Any
@@ -271,17 +281,15 @@ class MistralAttention(nnx.Module):
     ) -> tuple[Array, KeyValues | None, Array | None]:
         """Attend.
 
-        One new token is stored and then reads the slots as they lie. Several read the old slots in the order of their
-        tokens, then each other, and are stored afterwards.
-
         Args:
             states: ``[B, S, E]``.
             context: What all layers share.
-            stored: Keys and values ``[B, K, slots, D]`` of the cache.
-            dropout_key: Random key of the attention dropout.
+            stored: Keys and values ``[B, K, slots, D]`` of the cache; None without a cache.
+            dropout_key: Random key of the attention dropout; without one there is none.
 
         Returns:
-            ``[B, S, E]``, the cache's keys and values with the new ones, and the weights ``[B, H, S, T]`` if wanted.
+            ``[B, S, E]``; the keys and values of the cache after the new tokens, or None; and the weights
+            ``[B, H, S, T]``, or None unless they are wanted.
         """
         batch, count, _ = states.shape
         q, k, v = (
@@ -292,8 +300,10 @@ class MistralAttention(nnx.Module):
         q = q.reshape(batch, self.kv_heads, self.groups, count, self.head_dim)
         if stored is not None:
             updated = (store(stored[0], k, context.length), store(stored[1], v, context.length))
+            # The only new token reads the slots as they lie, including its own.
             if not context.empty and count == 1:
                 k, v = updated
+            # Several read the old slots in order, then each other: some old ones are overwritten when they are stored.
             elif not context.empty:
                 old = (in_order(ring, context.length) for ring in stored)
                 k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
@@ -321,8 +331,8 @@ class MistralMLP(nnx.Module):
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act={config.hidden_act!r} is not among the JAX port's: {', '.join(ACTIVATIONS)}. Use the"
-                " PyTorch model for this checkpoint."
+                f"hidden_act={config.hidden_act!r} is not among the activations of the JAX port:"
+                f" {', '.join(ACTIVATIONS)}. Use the PyTorch model for this checkpoint."
             )
         self.hidden_act = config.hidden_act
         project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
@@ -350,38 +360,38 @@ class MistralRMSNorm(nnx.Module):
 
 
 class MistralRotaryEmbedding(nnx.Module):
-    """Rotary position embeddings (Su et al., 2021) of the types that `ports.rotary_frequencies` has."""
+    """Rotary position embeddings (Su et al., 2021) of the types in `rope.ROTARY_TYPES`."""
 
     def __init__(self, config: MistralConfig) -> None:
         frequencies, self.scaling = rotary_frequencies(config)
         self.frequencies = tuple(frequencies.tolist())
 
     def __call__(self, position_ids: Array) -> tuple[Array, Array]:
-        """cos and sin ``[B or 1, 1, S, D]`` of positions ``[B or 1, S]``, the first half of sin negated."""
+        """cos and sin ``[B or 1, 1, S, D]`` in float32 for positions ``[B or 1, S]``, the first half of sin negated."""
         angles = position_ids[:, None, :, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
         return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(states: Array, cos: Array, sin: Array) -> Array:
-    """Rotate ``[B, heads, S, D]`` in float32, the two halves of a head being the parts of D/2 complex numbers."""
+    """Rotate ``[B, heads, S, D]`` in float32: elements i and i + D/2 are one complex number, turned by its angle."""
     wide = states.astype(jnp.float32)
     return (wide * cos + jnp.roll(wide, wide.shape[-1] // 2, axis=-1) * sin).astype(states.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table ``[V, E]`` of normally distributed vectors."""
+    """A table of embeddings ``[V, E]``, initially from a normal distribution."""
 
     def __init__(self, count: int, size: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (count, size), dtype) * jnp.asarray(std, dtype))
 
     def __call__(self, ids: Array) -> Array:
-        """``[...]`` ids to ``[..., E]``."""
+        """Map ids ``[...]`` to ``[..., E]``."""
         return jnp.take(self.weight[...], ids, axis=0)
 
 
 class Linear(nnx.Module):
-    """A linear map without bias, its weight ``[out, in]`` as PyTorch and the checkpoint have it."""
+    """A linear map without bias; its weight is ``[out, in]`` as in PyTorch, initially from a normal distribution."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (outputs, inputs), dtype) * jnp.asarray(std, dtype))

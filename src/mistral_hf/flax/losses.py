@@ -1,6 +1,6 @@
-"""A language-model loss that never holds all the logits, in JAX.
+"""The language-model loss of the JAX port, which never holds all logits.
 
-Legend: B batch, S tokens, E hidden_size, V vocabulary.
+Legend: B batch, S tokens, N tokens of a chunk, E hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jax import Array, lax
 from .layers import linear
 
 IGNORE_INDEX = -100
-CHUNK = 1024  # tokens whose logits exist at once
+CHUNK = 1024  # tokens whose logits exist together
 
 
 def causal_lm_loss(
@@ -26,13 +26,13 @@ def causal_lm_loss(
 ) -> Array:
     """Mean cross-entropy of the next tokens.
 
-    Logits are made for `chunk` tokens at a time, and once more in the backward pass.
+    Logits are computed for `chunk` tokens at a time, and again in the backward pass.
 
     Args:
         states: ``[B, S, E]``, the decoder's output.
         output_weight: ``[V, E]``.
-        labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside.
-        chunk: Number of tokens.
+        labels: ``[B, S]`` token ids, ``-100`` where the loss ignores them; they are shifted inside.
+        chunk: Number of tokens whose logits exist together.
         position_ids: ``[B or 1, S]``; where they restart, a label is not predicted from the sequence before.
         label_smoothing: Share of the target probability that is spread evenly over the vocabulary.
 
@@ -62,7 +62,7 @@ def causal_lm_loss(
 
 
 def _smoothed(log_probs: Array, targets: Array, label_smoothing: float) -> Array:
-    """Cross-entropy ``[N]`` of ``[N, V]`` with targets, a share of which is spread evenly over the classes."""
+    """Cross-entropies ``[N]`` from ``[N, V]``, with a share of each target spread evenly over the vocabulary."""
     losses = -jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
     if not label_smoothing:
         return losses
@@ -70,16 +70,16 @@ def _smoothed(log_probs: Array, targets: Array, label_smoothing: float) -> Array
 
 
 def next_labels(labels: Array) -> Array:
-    """The label that each position of ``[B, S]`` predicts; that of the last one is ignored."""
+    """The label that each position of ``[B, S]`` predicts; the last one predicts none."""
     return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
 
 
 def within_sequences(targets: Array, position_ids: Array) -> Array:
-    """Ignore the labels that would be predicted from another sequence, where positions restart (packing).
+    """Ignore labels that would be predicted from another packed sequence.
 
     Args:
         targets: ``[B, S]``, the label that each position predicts.
-        position_ids: ``[B or 1, S]``.
+        position_ids: ``[B or 1, S]``; a sequence begins where they restart.
     """
     ends = jnp.pad(jnp.diff(position_ids, axis=1) != 1, ((0, 0), (0, 1)), constant_values=True)
     return jnp.where(ends, IGNORE_INDEX, targets)

@@ -39,7 +39,7 @@ def real_keys(mask: Array, past: FlaxRollingCache | None, cache: FlaxRollingCach
     # The new tokens see only each other.
     if past is None or cache is None or past.empty:
         return mask
-    # One token reads the slots as they lie, its own among them.
+    # One token reads the slots as they lie, including its own.
     if mask.shape[1] == 1:
         return cache.real
     # Several read the old slots in order, then each other.

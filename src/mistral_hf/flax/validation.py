@@ -89,7 +89,7 @@ def _check_mask(shape: tuple[int, ...], batch: int, count: int, cached: bool) ->
 
 
 def _check_one_sequence(position_ids: Any, attention_mask: Any) -> None:
-    """Under a mask, all real tokens of a row see each other, so that their positions must not restart."""
+    """Under a mask, all real tokens of a row see each other: their positions must not restart."""
     if position_ids is None or attention_mask is None:
         return
     real = attention_mask.astype(bool)
