@@ -28,7 +28,7 @@ from mistral_hf.checkpoints.writer import LazyTensor
 from mistral_hf.convert.tensors import hf_shapes
 from mistral_hf.flax.cache import FlaxRollingCache
 from mistral_hf.flax.compiled import generation_programs
-from mistral_hf.flax.generation import Search
+from mistral_hf.flax.generation import SamplingState
 from mistral_hf.generation_options import GenerationOptions
 
 from .harness import REFERENCE, SUBJECT, Run, environment, in_fresh_process, interleave, ratio, relative_difference
@@ -142,10 +142,10 @@ def flax_decoding(model: Any, case: ModelCase) -> Run:
     length = jnp.asarray(case.length, jnp.int32)
     filled = FlaxRollingCache(keys, values, jnp.ones_like(cache.real), length, cache.start)
     tokens = jnp.zeros((case.batch, 1 << 20), jnp.int32)
-    state = [Search(jnp.ones((), jnp.int32), tokens, jnp.zeros(case.batch, bool), filled, key, None)]
+    state = [SamplingState(jnp.ones((), jnp.int32), tokens, jnp.zeros(case.batch, bool), filled, key, None)]
 
     def run() -> None:
-        state[0] = programs.go_on(model.params, state[0], int(state[0].step) + case.tokens)
+        state[0] = programs.decode(model.params, state[0], int(state[0].step) + case.tokens)
         jax.block_until_ready(state[0])
 
     run()
@@ -178,9 +178,9 @@ def compile_seconds(shape: Shape, scan_layers: bool) -> dict[str, float]:
     jax.jit(lambda params, ids: model(ids, params=params).logits).lower(model.params, ids).compile()
     seconds["forward"] = time.perf_counter() - start
     start = time.perf_counter()
-    programs.begin.lower(model.params, ids, real, key).compile()
-    state = jax.eval_shape(programs.begin, model.params, ids, real, key)
-    programs.go_on.lower(model.params, state, 5).compile()
+    programs.prefill.lower(model.params, ids, real, 5, key).compile()
+    state = jax.eval_shape(programs.prefill, model.params, ids, real, 5, key)
+    programs.decode.lower(model.params, state, 5).compile()
     seconds["generate"] = time.perf_counter() - start
     return seconds
 

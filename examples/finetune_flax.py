@@ -19,12 +19,12 @@ from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="text file to learn")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of the checkpoint")
+    parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="text file to train on")
+    parser.add_argument("--steps", type=int, default=30, help="number of optimizer steps")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--learning-rate", type=float, default=3e-4, help="peak learning rate")
     parser.add_argument("--output", help="folder to save the checkpoint to")
     options = parser.parse_args()
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def training_step(model: FlaxMistralForCausalLM, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    """A compiled step from weights, optimizer state and a batch to new weights, new state and the loss."""
+    """A compiled step: from weights, optimizer state and a batch to new weights, new state and the loss."""
 
     def step(params: Any, state: Any, batch: Any) -> tuple[Any, Any, jax.Array]:
         loss, gradient = jax.value_and_grad(lambda params: model.loss(batch, params=params))(params)
@@ -55,10 +55,10 @@ def training_step(model: FlaxMistralForCausalLM, optimizer: optax.GradientTransf
 
 
 def batches(ids: np.ndarray, size: int, length: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Endless random pieces of a text, ``[size, length]``."""
+    """Random pieces of a text, ``[size, length]`` ids, without end."""
     if len(ids) <= length:
         raise ValueError(
-            f"The text has {len(ids)} tokens, but a sequence takes {length}: give a longer text, or --length."
+            f"The text has {len(ids)} tokens, but needs more than {length}: give a longer --text or a smaller --length."
         )
     generator = np.random.default_rng(seed)
     while True:

@@ -1,4 +1,7 @@
-"""The options and the prompt of `generate`, checked; shared by the JAX and TensorFlow ports."""
+"""Options and prompts of `generate`, checked, for the JAX and TensorFlow ports.
+
+Legend: B batch, S tokens of a prompt.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,12 @@ _MIN_BUCKET = 16
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What a compiled generation loop depends on; hashable, so that it can be a static argument.
+    """The options of `generate` that a compiled loop depends on; hashable, to serve as a static argument.
 
     Fields have the names and the meaning of the library's `GenerationConfig`.
+
+    Raises:
+        ValueError: A field has an impossible value.
     """
 
     max_new_tokens: int
@@ -35,17 +41,17 @@ class GenerationOptions:
     early_stopping: bool = False
 
     def __post_init__(self) -> None:
-        self._require("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
-        self._require("temperature", self.temperature > 0, "must be positive; do_sample=False is greedy")
-        self._require("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
-        self._require("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
-        self._require("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]")
-        self._require("repetition_penalty", self.repetition_penalty > 0, "must be positive; 1 changes nothing")
-        self._require("num_beams", self.num_beams >= 1, "must be at least 1")
-        self._require("num_beams", not (self.do_sample and self.num_beams > 1), "cannot be sampled: do_sample=False")
-        self._require("early_stopping", isinstance(self.early_stopping, bool), "must be True or False")
+        self._check("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
+        self._check("temperature", self.temperature > 0, "must be positive; do_sample=False is greedy")
+        self._check("top_k", self.top_k >= 0, "must not be negative; 0 keeps all tokens")
+        self._check("top_p", 0 < self.top_p <= 1, "must lie in (0, 1]")
+        self._check("min_p", 0 <= self.min_p <= 1, "must lie in [0, 1]")
+        self._check("repetition_penalty", self.repetition_penalty > 0, "must be positive; 1 changes nothing")
+        self._check("num_beams", self.num_beams >= 1, "must be at least 1")
+        self._check("num_beams", not (self.do_sample and self.num_beams > 1), "cannot be sampled: set do_sample=False")
+        self._check("early_stopping", isinstance(self.early_stopping, bool), "must be True or False")
 
-    def _require(self, name: str, holds: bool, rule: str) -> None:
+    def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} {rule}.")
 
@@ -55,7 +61,7 @@ _OPTIONS = (
     *("min_p", "repetition_penalty", "num_beams", "length_penalty", "early_stopping"),
 )
 
-_HARMLESS = (
+_WITHOUT_EFFECT = (
     *("bos_token_id", "transformers_version", "_from_model_config", "use_cache", "return_dict_in_generate"),
     *("output_attentions", "output_hidden_states"),
 )
@@ -64,33 +70,39 @@ _HARMLESS = (
 def generation_options(
     defaults: GenerationConfig | None, prompt_length: int, generation_config: GenerationConfig | None, **options: Any
 ) -> GenerationOptions:
-    """Put together the options of one call of `generate`.
+    """Combine the options of one call of `generate`.
 
     Args:
-        defaults: Those of the checkpoint.
-        prompt_length: Tokens of the prompt, for ``max_length``.
-        generation_config: Given by the caller, in place of the defaults.
-        **options: Given by the caller, before both; None leaves an option as it is.
+        defaults: The checkpoint's generation config.
+        prompt_length: Number of tokens of the prompt, which ``max_length`` includes.
+        generation_config: The caller's, which replaces the defaults.
+        **options: The caller's, which override both; None leaves an option unchanged.
+
+    Returns:
+        The options, with 20 new tokens if nothing limits their number.
 
     Raises:
-        ValueError: An option is unknown, is one that the ports do not have, or has an impossible value.
+        ValueError: An option is unknown, is not supported by the ports, or has an impossible value.
     """
     given = {name: value for name, value in options.items() if value is not None}
     if unknown := sorted(given.keys() - set(_OPTIONS)):
         raise ValueError(f"generate has no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}.")
     base = generation_config if generation_config is not None else defaults or GenerationConfig()
     stored = {name: value for name, value in base.to_diff_dict().items() if value is not None}
-    if foreign := sorted(stored.keys() - set(_OPTIONS) - set(_HARMLESS)):
+    if foreign := sorted(stored.keys() - set(_OPTIONS) - set(_WITHOUT_EFFECT)):
         raise ValueError(
-            f"The generation config asks for {foreign[0]}={stored[foreign[0]]!r}, which this port does not have;"
-            f" remove it, or use the PyTorch model. It takes {', '.join(_OPTIONS)}."
+            f"The generation config sets {foreign[0]}={stored[foreign[0]]!r}, which this port does not have: remove it,"
+            f" or use the PyTorch model. The port takes {', '.join(_OPTIONS)}."
         )
     fields = {**stored, **given}
     new_tokens = fields.get("max_new_tokens")
     if new_tokens is None:
         new_tokens = fields["max_length"] - prompt_length if "max_length" in fields else 20
-    if new_tokens < 1:
-        raise ValueError(f"max_length={fields.get('max_length')} leaves no token after a prompt of {prompt_length}.")
+        if new_tokens < 1:
+            raise ValueError(
+                f"max_length={fields['max_length']} leaves no token after a prompt of {prompt_length}: raise it, or"
+                " set max_new_tokens."
+            )
     eos = fields.get("eos_token_id")
     eos_ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
     pad = fields.get("pad_token_id")
@@ -104,7 +116,15 @@ def generation_options(
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[Array, Array]:
-    """A prompt as NumPy arrays, checked: ``[B, S]`` int32 ids and a ``[B, S]`` boolean mask of real tokens.
+    """Check a prompt.
+
+    Args:
+        input_ids: ``[B, S]`` integers.
+        attention_mask: ``[B, S]``, nonzero for real tokens; None if all are.
+        vocab_size: Number of tokens in the vocabulary.
+
+    Returns:
+        ``[B, S]`` int32 ids and a ``[B, S]`` boolean mask of the real tokens, as NumPy arrays.
 
     Raises:
         ValueError: Shapes do not fit, an id lies outside the vocabulary, a row has no token, or padding is not all on
@@ -112,21 +132,28 @@ def check_prompt(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[
     """
     ids = np.asarray(input_ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {ids.shape}.")
+        raise ValueError(
+            f"input_ids is {ids.dtype} {ids.shape}, but must be integers [batch, tokens]: pass a single one as [ids]."
+        )
     real = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if real.shape != ids.shape:
-        raise ValueError(f"attention_mask has shape {real.shape}, but input_ids {ids.shape}: they must be the same.")
+        raise ValueError(
+            f"attention_mask has shape {real.shape}, but input_ids {ids.shape}: it must have a column for each token."
+        )
     if not real[:, -1:].all() or (np.diff(real.astype(np.int8), axis=1) < 0).any():
         raise ValueError(
             "generate needs padding on the left: every row of attention_mask must be zeros, then ones. Set"
             " tokenizer.padding_side = 'left' and encode the batch again."
         )
-    if ids.size == 0 or ids.min() < 0 or ids.max() >= vocab_size:
-        span = f"[{ids.min()}, {ids.max()}]" if ids.size else "an empty prompt"
-        raise ValueError(f"input_ids span {span}, but must lie in [0, {vocab_size}), with at least one token a row.")
+    if ids.size == 0:
+        raise ValueError(f"input_ids has shape {ids.shape}, but every prompt needs at least one token: begin with bos.")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise ValueError(
+            f"input_ids span [{ids.min()}, {ids.max()}], but must lie in [0, {vocab_size}): use the model's tokenizer."
+        )
     return ids.astype(np.int32), real
 
 
 def round_up_to_bucket(length: int) -> int:
-    """The length that a prompt is padded to on the left: prompts of similar lengths share a compiled program."""
+    """The next power of two, at least 16: prompts padded to such lengths share compiled programs."""
     return max(_MIN_BUCKET, 1 << (length - 1).bit_length())

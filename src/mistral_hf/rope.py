@@ -1,4 +1,7 @@
-"""Frequencies of the rotary embedding, of every type that the ports compute, in NumPy."""
+"""Frequencies of the rotary embedding for the JAX and TensorFlow ports, in NumPy.
+
+Legend: D head_dim.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +20,26 @@ ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rotary_frequencies(config: MistralConfig) -> tuple[Array, float]:
-    """Angles that a rotary embedding turns by from one position to the next, and a factor of its cos and sin.
+    """The angles between one position and the next, and the factor of cos and sin.
 
-    Frequencies are ``theta ** (-2i / D)`` (Su et al., 2021), changed as ``config.rope_parameters`` says: all divided by
-    one factor ("linear"), or only slow ones ("llama3"; "yarn": Peng et al., 2023).
+    Frequencies are ``theta ** (-2i / D)`` (Su et al., 2021). Scaled types divide all of them by a factor (``"linear"``)
+    or only the slow ones (``"llama3"``; ``"yarn"``: Peng et al., 2023).
+
+    Args:
+        config: With `rope_parameters`, `head_dim` and `max_position_embeddings`.
 
     Returns:
-        ``[D/2]`` in float32, and the factor.
+        ``[D/2]`` radians in float32, and the factor.
 
     Raises:
-        ValueError: The type is one that the ports do not have.
+        ValueError: The ports do not support the type.
     """
     parameters: dict[str, Any] = dict(config.rope_parameters or {})
     kind, head_dim = parameters["rope_type"], int(config.head_dim or 0)
     if kind not in ROTARY_TYPES or parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"rope_parameters={parameters!r} is not among what the ports compute: {', '.join(ROTARY_TYPES)}, without a"
-            " partial_rotary_factor. Use the PyTorch model for this checkpoint."
+            f"rope_parameters={parameters!r} is not supported by the JAX and TensorFlow ports, which have the types"
+            f" {', '.join(ROTARY_TYPES)}, without a partial_rotary_factor. Use the PyTorch model for this checkpoint."
         )
     theta = float(parameters["rope_theta"])
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -48,7 +54,7 @@ def rotary_frequencies(config: MistralConfig) -> tuple[Array, float]:
 
 
 def _llama3(frequencies: Array, parameters: Mapping[str, Any]) -> Array:
-    """Slow frequencies divided by `factor`, fast ones as they are, those between in proportion."""
+    """Divide slow frequencies by ``factor``, keep fast ones, and interpolate between (as Transformers does)."""
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the pretrained length
     kept = np.clip((turns - low) / (high - low), 0, 1)
@@ -56,7 +62,7 @@ def _llama3(frequencies: Array, parameters: Mapping[str, Any]) -> Array:
 
 
 def _yarn(frequencies: Array, theta: float, parameters: Mapping[str, Any], length: int) -> tuple[Array, float]:
-    """Slow frequencies divided by `factor`, with a ramp in the index of a frequency, and cos and sin scaled."""
+    """Divide slow frequencies by ``factor``, with a linear ramp over their indices, and scale cos and sin."""
     original = parameters["original_max_position_embeddings"]
     factor, count = parameters["factor"] or length / original, len(frequencies)
 
@@ -72,6 +78,8 @@ def _yarn(frequencies: Array, theta: float, parameters: Mapping[str, Any], lengt
 
 
 def _yarn_scaling(factor: float, parameters: Mapping[str, Any]) -> float:
+    """The factor of cos and sin: given, from two weights, or ``0.1 ln(factor) + 1`` (Peng et al., 2023)."""
+
     def scaling(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 

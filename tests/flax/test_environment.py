@@ -1,4 +1,4 @@
-"""What a process must or need not have for the JAX port: packages, several devices; and its example."""
+"""The JAX port without other packages, on several devices, and in its example."""
 
 import runpy
 import sys
@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("missing", ["jax", "flax"])
-def test_without_the_extra(missing: str) -> None:
-    """The package is imported without jax, and the first use of the port says what to install."""
+def test_without_the_extra_the_first_use_says_what_to_install(missing: str) -> None:
+    """The package itself is imported without jax."""
     code = """
 import mistral_hf
 print(any(name in sys.modules for name in ("jax", "flax", "tensorflow")))
@@ -34,7 +34,7 @@ except ImportError as error:
     assert "pip install 'mistral_hf[flax]'" in message
 
 
-def test_without_torch() -> None:
+def test_the_port_needs_neither_torch_nor_tensorflow() -> None:
     code = """
 import numpy as np
 from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM
@@ -50,7 +50,7 @@ import jax, numpy as np, tempfile
 from jax.sharding import Mesh
 from mistral_hf import FlaxMistralForCausalLM, MistralConfig
 from mistral_hf.flax.compiled import generation_programs
-from mistral_hf.flax.sharding import place_rows
+from mistral_hf.flax.sharding import shard_rows
 from mistral_hf.generation_options import GenerationOptions
 jax.config.update("jax_disable_most_optimizations", True)
 config = MistralConfig(vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=8,
@@ -76,10 +76,10 @@ for row, start in enumerate((0, 4)):
 tokens = alone.generate(ids, mask, **options).sequences
 assert np.array_equal(model.generate(ids, mask, **options).sequences, tokens)
 programs = generation_programs(model._graph, GenerationOptions(16, 0))
-rows = [place_rows(np.pad(x, ((0, 0), (6, 0))), mesh) for x in (ids.astype("int32"), mask > 0)]
-keys = programs.begin(model.params, *rows, jax.random.key(0)).cache.keys[0]
+rows = [shard_rows(np.pad(x, ((0, 0), (6, 0))), mesh) for x in (ids.astype("int32"), mask > 0)]
+keys = programs.prefill(model.params, *rows, 12, jax.random.key(0)).cache.keys[0]
 assert keys.addressable_shards[0].data.shape == (1, 1, 6, 8)
-assert programs.begin._cache_size() == 2  # for one device, and for the mesh
+assert programs.prefill._cache_size() == 2  # for one device, and for the mesh
 gradient = jax.grad(lambda params: model.loss(ids, mask, params=params))(model.params)
 gradient = gradient["model"]["layers"]["0"]["mlp"]["down_proj"]["weight"]
 assert gradient.sharding.is_equivalent_to(weight.sharding, 2)
@@ -87,8 +87,8 @@ print(len(jax.devices()))
 """
 
 
-def test_eight_devices() -> None:
-    """Tensor and data parallel: weights spread over the devices, the same logits and tokens."""
+def test_eight_devices_compute_what_one_computes() -> None:
+    """Tensor and data parallel: weights are spread over the devices; logits and tokens are the same."""
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     assert run_python(MESHES, **environment).splitlines()[-1] == "8"
 

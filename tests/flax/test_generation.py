@@ -17,11 +17,11 @@ from transformers import (
 
 import mistral_hf
 from mistral_hf import BUNDLED_CHECKPOINT, MistralForCausalLM
-from mistral_hf.flax import compiled as flax_programs
-from mistral_hf.flax import generation as flax_generation
+from mistral_hf.flax import compiled as flax_compiled
+from mistral_hf.flax import logits as flax_logits
 from mistral_hf.generation_options import GenerationOptions
 from tests.helpers import reference
-from tests.helpers.flax_models import arrays, differences, flax_twin, jax, jnp, stacked
+from tests.helpers.flax_models import arrays, differences, jax, jnp, stacked, to_flax
 
 GREEDY = {"do_sample": False}
 
@@ -33,7 +33,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def twin(model: Any) -> Any:
-    return flax_twin(model)
+    return to_flax(model)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def new_tokens(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
     return np.asarray(sequences)[:, inputs["input_ids"].shape[1] :]
 
 
-def test_trained_weights(bundled: tuple[Any, Any]) -> None:
-    """Logits within 3e-4 of float64, and 128 equal tokens beyond the window of 128, from left-padded prompts."""
+def test_trained_weights_give_the_logits_and_tokens_of_pytorch(bundled: tuple[Any, Any]) -> None:
+    """Logits within 3e-4 of float64; 128 equal tokens, past the window of 128, from left-padded prompts."""
     ours, twin = bundled
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
     prompts = ["Once upon a time", "It is a truth universally acknowledged, that a single man", "The President"]
@@ -69,28 +69,30 @@ def test_trained_weights(bundled: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])
-def test_greedy_tokens_are_the_oracle_s(make_model: Any, padded: Any, window: int | None) -> None:
-    """Prompts longer than the window, one of them padded; the buffer wraps at least twice."""
+def test_greedy_tokens_match_the_oracle(make_model: Any, padded: Any, window: int | None) -> None:
+    """From prompts longer than the window, one of them padded; the buffer wraps at least twice."""
     rope = {"rope_type": "default", "rope_theta": 50.0}
     model, inputs = make_model(sliding_window=window, rope_parameters=rope, eos_token_id=None), padded(9, 4)
     weights = {name: weight.double() for name, weight in model.state_dict().items()}
     expected = reference.greedy(weights, model.config, inputs["input_ids"], 14, inputs["attention_mask"])[:, 9:]
-    assert np.array_equal(new_tokens(flax_twin(model), arrays(inputs), max_new_tokens=14, **GREEDY), expected)
+    assert np.array_equal(new_tokens(to_flax(model), arrays(inputs), max_new_tokens=14, **GREEDY), expected)
 
 
-def test_scanned_layers_and_other_weights_generate(model: Any, twin: Any, make_model: Any, padded: Any) -> None:
+def test_scanned_layers_generate_the_same_and_params_replace_the_weights(
+    model: Any, twin: Any, make_model: Any, padded: Any
+) -> None:
     inputs = arrays(padded(9, 4))
     expected = new_tokens(twin, inputs, max_new_tokens=14, **GREEDY)
     scanned = stacked(twin)
     assert np.array_equal(new_tokens(scanned, inputs, max_new_tokens=14, **GREEDY), expected)
-    other = flax_twin(make_model(seed=3, eos_token_id=None, sliding_window=5))
+    other = to_flax(make_model(seed=3, eos_token_id=None, sliding_window=5))
     changed = new_tokens(twin, inputs, params=other.params, max_new_tokens=14, **GREEDY)
     assert np.array_equal(changed, new_tokens(other, inputs, max_new_tokens=14, **GREEDY))
     assert not np.array_equal(changed, expected)
 
 
-def test_rows_end_by_themselves(model: Any, twin: Any, padded: Any) -> None:
-    """As in PyTorch: an ended row is padded, and all stop when the last one has ended."""
+def test_every_row_ends_at_its_first_end_token(model: Any, twin: Any, padded: Any) -> None:
+    """As in PyTorch: an ended row is padded, and generation stops when all rows have ended."""
     inputs = padded(9, 4, 7)
     free = new_tokens(twin, arrays(inputs), max_new_tokens=14, **GREEDY)
     ends = [int(free[0, 2]), int(free[1, 4]), int(free[2, 6])]
@@ -112,8 +114,10 @@ def test_rows_end_by_themselves(model: Any, twin: Any, padded: Any) -> None:
     ],
     ids=str,
 )
-def test_searches_are_pytorch_s(model: Any, twin: Any, padded: Any, options: dict[str, Any]) -> None:
-    inputs = padded(9, 9 if "repetition_penalty" in options else 4)  # PyTorch penalises the padding token, too
+def test_beam_search_and_repetition_penalty_match_pytorch(
+    model: Any, twin: Any, padded: Any, options: dict[str, Any]
+) -> None:
+    inputs = padded(9, 9 if "repetition_penalty" in options else 4)  # PyTorch would penalize the padding token too
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **options}
     assert np.array_equal(new_tokens(twin, arrays(inputs), **options), new_tokens(model, inputs, **options))
 
@@ -143,13 +147,13 @@ def test_sampling_follows_its_key(twin: Any, token_ids: Any) -> None:
     ],
     ids=["all", "temperature", "top_k", "top_p", "min_p", "together"],
 )
-def test_samples_have_the_library_s_distribution(options: dict[str, Any], warpers: list[Any]) -> None:
+def test_samples_have_the_distribution_of_transformers(options: dict[str, Any], warpers: list[Any]) -> None:
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 1.5
     scores, count = logits, 40_000
     for warper in warpers:
         scores = warper(None, scores)
     expected = scores.softmax(dim=-1)[0].numpy()
-    chosen = flax_generation.sample(
+    chosen = flax_logits.sample(
         jnp.tile(logits.numpy(), (count, 1)), jax.random.key(0), GenerationOptions(1, 0, do_sample=True, **options)
     )
     found = np.bincount(np.asarray(chosen), minlength=12) / count
@@ -159,32 +163,31 @@ def test_samples_have_the_library_s_distribution(options: dict[str, Any], warper
 
 def test_prompts_of_similar_lengths_share_a_program(twin: Any, token_ids: Any) -> None:
     options = GenerationOptions(16, 0)
-    flax_programs.generation_programs.cache_clear()
-    programs = flax_programs.generation_programs(twin._graph, options)
+    flax_compiled.generation_programs.cache_clear()
+    programs = flax_compiled.generation_programs(twin._graph, options)
     for length, new in [(3, 5), (16, 16), (9, 2), (1, 1)]:
-        assert new_tokens(twin, {"input_ids": token_ids(1, length).numpy()}, max_new_tokens=new, **GREEDY).shape == (
-            1,
-            new,
-        )
-    assert flax_programs.generation_programs.cache_info().currsize == 1
-    assert (programs.begin._cache_size(), programs.go_on._cache_size()) == (1, 1)
+        inputs = {"input_ids": token_ids(1, length).numpy()}
+        assert new_tokens(twin, inputs, max_new_tokens=new, **GREEDY).shape == (1, new)
+    assert flax_compiled.generation_programs.cache_info().currsize == 1
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (1, 1)
     new_tokens(twin, {"input_ids": token_ids(1, 17).numpy()}, max_new_tokens=5, **GREEDY)
-    assert (programs.begin._cache_size(), programs.go_on._cache_size()) == (2, 1)  # the buffer is as long as the window
+    # The loop is the same: its buffer is as long as the window.
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == (2, 1)
 
 
 def test_the_buffer_is_as_long_as_the_window_and_written_in_place(twin: Any) -> None:
     options = GenerationOptions(16, 0)
-    programs = flax_programs.generation_programs(twin._graph, options)
+    programs = flax_compiled.generation_programs(twin._graph, options)
     ids = jnp.ones((2, 64), jnp.int32)
-    state = jax.eval_shape(programs.begin, twin.params, ids, ids > 0, jax.random.key(0))
+    state = jax.eval_shape(programs.prefill, twin.params, ids, ids > 0, 5, jax.random.key(0))
     assert {leaf.shape for leaf in (*state.cache.keys, *state.cache.values)} == {(2, 2, 5, 12)}
-    text = programs.go_on.lower(twin.params, state, 5).compile().as_text()
+    text = programs.decode.lower(twin.params, state, 5).compile().as_text()
     header = text.splitlines()[0]
     assert header.count("may-alias") + header.count("must-alias") >= len(jax.tree.leaves(state.cache))
 
 
 class Recorder:
-    """A streamer that keeps what it gets."""
+    """A streamer that records what it receives."""
 
     def __init__(self) -> None:
         self.pieces: list[Any] = []
@@ -198,7 +201,7 @@ class Recorder:
         self.ended = True
 
 
-def test_a_streamer_gets_every_token(twin: Any, token_ids: Any) -> None:
+def test_a_streamer_receives_every_token(twin: Any, token_ids: Any) -> None:
     inputs, recorder = {"input_ids": token_ids(1, 5).numpy()}, Recorder()
     expected = new_tokens(twin, inputs, max_new_tokens=9, **GREEDY)
     output = twin.generate(**inputs, streamer=recorder, max_new_tokens=9, **GREEDY)
@@ -225,10 +228,12 @@ def test_options_come_from_call_config_and_checkpoint(
         ({"num_beams": 2, "streamer": Recorder()}, "cannot be streamed"),
         ({"typical_p": 0.5}, "no option 'typical_p'"),
         ({"num_beams": 2, "do_sample": True}, "cannot be sampled"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_length": 3}, "max_length=3 leaves no token after a prompt of 3"),
         ({"input_ids": np.array([[1, 99]])}, r"\[0, 99\)"),
     ],
-    ids=["mask", "streamer", "option", "beams", "ids"],
+    ids=["mask", "streamer", "option", "beams", "no tokens", "no room", "ids"],
 )
-def test_what_cannot_work_is_refused(twin: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_prompts_and_options_are_refused(twin: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         twin.generate(**{"input_ids": np.ones((1, 3), int), **options})

@@ -1,6 +1,7 @@
-"""The JAX model computes what the PyTorch model and the float64 oracle compute: modules, whole, cached, trained."""
+"""The JAX model matches the PyTorch model and the float64 oracle: its modules, whole, cached, trained."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ import mistral_hf
 from mistral_hf import MistralConfig
 from mistral_hf.flax import attention as flax_attention
 from mistral_hf.flax import cache as flax_cache
-from mistral_hf.flax import compiled as flax_programs
+from mistral_hf.flax import compiled as flax_compiled
 from mistral_hf.flax import layers as flax_layers
-from mistral_hf.flax.losses import causal_lm_loss
+from mistral_hf.flax import sequence_layout as flax_layout
 from mistral_hf.modeling_mistral import MistralRotaryEmbedding
 from tests.helpers import reference
-from tests.helpers.flax_models import array, arrays, differences, flax_twin, jax, jnp, leaves, nnx, stacked
+from tests.helpers.flax_models import array, arrays, differences, jax, jnp, leaves, nnx, stacked, to_flax
 
 LENGTH = 19  # more than twice the widest window
 
@@ -29,7 +30,7 @@ def model(make_model: Callable[..., Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def twin(model: Any) -> Any:
-    return flax_twin(model)
+    return to_flax(model)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +54,13 @@ def oracle(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_logits_are_the_oracle_s(make_model: Any, batch: Any, overrides: dict[str, Any]) -> None:
+def test_logits_match_the_float64_oracle(make_model: Any, batch: Any, overrides: dict[str, Any]) -> None:
     model = make_model(**overrides)
-    logits = flax_twin(model)(**arrays(batch)).logits
+    logits = to_flax(model)(**arrays(batch)).logits
     assert differences(logits, oracle(model, batch), batch["attention_mask"]) < 2e-5
 
 
-def test_every_layer_is_the_pytorch_model_s(model: Any, twin: Any, batch: Any) -> None:
+def test_states_and_attentions_of_every_layer_match_pytorch(model: Any, twin: Any, batch: Any) -> None:
     model.set_attn_implementation("eager")
     wanted = {"output_hidden_states": True, "output_attentions": True}
     expected = model(**batch, **wanted)
@@ -75,7 +76,7 @@ def test_every_layer_is_the_pytorch_model_s(model: Any, twin: Any, batch: Any) -
 
 
 @pytest.mark.parametrize("name", ["self_attn", "mlp", "input_layernorm"])
-def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) -> None:
+def test_every_module_matches_pytorch(model: Any, twin: Any, name: str) -> None:
     states = torch.randn(2, 7, 32)
     ours, theirs = (getattr(decoder.layers[1], name) for decoder in (twin.module.model, model.model))
     if name != "self_attn":
@@ -85,12 +86,14 @@ def test_every_module_is_the_pytorch_module(model: Any, twin: Any, name: str) ->
     mask = torch.where(reference.window_mask(7, 8), 0.0, -torch.inf)[None, None]
     expected = theirs(states, model.model.rotary_emb(states, positions), attention_mask=mask)[0]
     cos, sin = twin.module.model.rotary_emb(array(positions))
-    context = flax_layers.Context(cos, sin, jnp.ones((2, 7), bool), None, empty=True, weights_wanted=False)
+    context = flax_attention.AttentionContext(
+        cos, sin, real=jnp.ones((2, 7), bool), segments=None, length=None, empty=True, weights_wanted=False
+    )
     assert differences(jax.jit(lambda states: ours(states, context)[0])(array(states)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
-def test_rotary_embeddings(kind: str, tiny: Any, rope_parameters: Any) -> None:
+def test_rotary_embeddings_match_pytorch(kind: str, tiny: Any, rope_parameters: Any) -> None:
     config = MistralConfig(**tiny(rope_parameters=rope_parameters(kind), head_dim=32))
     positions = torch.tensor([[0, 1, 5, 63, 900]])
     expected = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
@@ -106,7 +109,7 @@ def test_other_rotary_embeddings_are_refused(kind: str, tiny: Any, rope_paramete
 
 
 @pytest.mark.parametrize("name", sorted(flax_layers.ACTIVATIONS))
-def test_activations(name: str) -> None:
+def test_activations_match_transformers(name: str) -> None:
     x = torch.linspace(-8, 8, 101)
     assert differences(flax_layers.ACTIVATIONS[name](array(x)), ACT2FN[name](x)) < 2e-6
 
@@ -117,10 +120,10 @@ def test_an_unknown_activation_is_refused(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision(make_model: Any, batch: Any, dtype: str) -> None:
-    """As near to float64 as PyTorch comes."""
+def test_half_precision_is_as_exact_as_pytorch(make_model: Any, batch: Any, dtype: str) -> None:
+    """The error against float64 is at most half as large again."""
     model = make_model().to(getattr(torch, dtype))
-    expected, twin = oracle(model, batch), flax_twin(model, dtype)
+    expected, twin = oracle(model, batch), to_flax(model, dtype)
     logits = twin(**arrays(batch)).logits
     assert logits.dtype == dtype
     real = batch["attention_mask"]
@@ -129,13 +132,15 @@ def test_half_precision(make_model: Any, batch: Any, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("window", "scan_layers"), [(5, False), (5, True), (None, False)])
-def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | None, scan_layers: bool) -> None:
-    """A first chunk, single tokens, chunks shorter and longer than the window; the buffer wraps several times.
+def test_a_prompt_read_in_chunks_has_the_logits_of_one_pass(
+    make_model: Any, batch: Any, window: int | None, scan_layers: bool
+) -> None:
+    """With single tokens, and chunks shorter and longer than the window; the buffer wraps several times.
 
-    Masks of the last pieces cover the cached tokens too.
+    The masks of the last chunks cover the cached tokens too.
     """
     model = make_model(sliding_window=window)
-    twin, inputs = flax_twin(model), arrays(batch)
+    twin, inputs = to_flax(model), arrays(batch)
     if scan_layers:
         twin = stacked(twin)
     cache = twin.init_cache(2, LENGTH)
@@ -152,18 +157,18 @@ def test_cached_chunks_are_one_pass(make_model: Any, batch: Any, window: int | N
 
 
 def test_positions_begin_at_the_first_real_token() -> None:
-    """Also if a row has none in the first pieces of a cached prompt, and after the buffer has wrapped."""
+    """Also if the first chunks of a row are padding only, and after the buffer has wrapped."""
     mask = jnp.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], bool)
     expected = np.array([[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]])
-    assert np.array_equal(flax_layers.positions_of(mask), expected)
+    assert np.array_equal(flax_layout.positions(mask), expected)
     cache = flax_cache.empty_cache(1, False, (2, 1, 3, 4), "float32")
     for start, end in [(0, 2), (2, 3), (3, 5), (5, 6)]:
-        cache = cache.mark(mask[:, start:end])
+        cache = cache.advance(mask[:, start:end])
         assert np.array_equal(cache.positions(end - start), expected[:, start:end])
     assert np.array_equal(cache.real, [[True] * 3] * 2)
 
 
-def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
+def test_logits_to_keep_keeps_the_last_and_position_ids_replace_the_default(twin: Any, batch: Any) -> None:
     inputs = arrays(batch)
     logits = twin(**inputs).logits
     np.testing.assert_allclose(twin(**inputs, logits_to_keep=2).logits, logits[:, -2:], atol=1e-5)
@@ -173,8 +178,8 @@ def test_logits_to_keep_and_position_ids(twin: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize(("window", "past"), [(1, 0), (6, 5), (None, 0)])
-def test_attention_in_blocks(window: int | None, past: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradients are those of the whole mask, for lengths that do not divide into blocks."""
+def test_attention_by_blocks_matches_that_with_the_whole_mask(window: int | None, past: int) -> None:
+    """In values and gradients, for lengths that blocks do not divide."""
     count, total = 37, 37 + past
     key = jax.random.key(0)
     q, k, v = (
@@ -183,19 +188,19 @@ def test_attention_in_blocks(window: int | None, past: int, monkeypatch: pytest.
     )
     real = jnp.arange(total) >= jnp.array([[0], [3]])
 
-    def mixed(q: Any, k: Any, v: Any) -> Any:
-        output = flax_attention.attend(q, k, v, real, window)[0]
+    def mixed(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        output = flax_attention.attend(q, k, v, real, window, **options)[0]
         return jnp.sum(jnp.sin(output[:, :, :, 3:])), output
 
     direct = jax.value_and_grad(mixed, argnums=(0, 1, 2), has_aux=True)(q, k, v)
-    monkeypatch.setattr(flax_attention, "BLOCK", 4)
-    blocks = jax.jit(jax.value_and_grad(mixed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    by_blocks = partial(mixed, block=4)
+    blocks = jax.jit(jax.value_and_grad(by_blocks, argnums=(0, 1, 2), has_aux=True))(q, k, v)
     np.testing.assert_allclose(direct[0][1][:, :, :, 3:], blocks[0][1][:, :, :, 3:], atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), direct[1], blocks[1])
 
 
 def test_no_mask_of_the_whole_input_is_built() -> None:
-    """With W much shorter than S, nothing of S by S elements is made."""
+    """With W much shorter than S, no array of S by S elements is allocated."""
     count = 4096
     q, k = jax.ShapeDtypeStruct((1, 1, 1, count, 4), "float32"), jax.ShapeDtypeStruct((1, 1, count, 4), "float32")
     real = jax.ShapeDtypeStruct((1, count), "bool")
@@ -211,7 +216,7 @@ def gradient(twin: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
     return value, leaves(tree)
 
 
-def test_gradients_are_pytorch_s(model: Any, gradient: Any, batch: Any) -> None:
+def test_the_loss_and_its_gradients_match_pytorch(model: Any, gradient: Any, batch: Any) -> None:
     labels = batch["input_ids"].clone()
     labels[1, :7] = -100  # padding, and the token that only padding precedes
     loss = model(**batch, labels=labels).loss
@@ -223,11 +228,11 @@ def test_gradients_are_pytorch_s(model: Any, gradient: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"scan_layers": True}], ids=str)
-def test_remat_and_scan_change_no_gradient(
+def test_checkpointed_and_scanned_layers_have_the_same_gradients(
     model: Any, twin: Any, gradient: Any, batch: Any, options: dict[str, bool]
 ) -> None:
     inputs = arrays(batch)
-    other = flax_twin(model, **options) if "scan_layers" not in options else stacked(twin)
+    other = to_flax(model, **options) if "scan_layers" not in options else stacked(twin)
     found = jax.grad(lambda params: other.loss(**inputs, params=params))(other.params)
     name = "model.layers.1.self_attn.k_proj.weight"
     value = (
@@ -238,21 +243,8 @@ def test_remat_and_scan_change_no_gradient(
     assert remat == ("gradient_checkpointing" in options)
 
 
-def test_the_loss_never_holds_all_logits() -> None:
-    states, weight = jax.random.normal(jax.random.key(0), (2, 50, 8)), jax.random.normal(jax.random.key(1), (99, 8))
-    labels = jax.random.randint(jax.random.key(2), (2, 50), 0, 99).at[0, :9].set(-100)
-    logits = torch.tensor(np.asarray(states @ weight.T))[:, :-1].flatten(0, 1)
-    expected = torch.nn.functional.cross_entropy(logits, torch.tensor(np.asarray(labels))[:, 1:].flatten().long())
-    for chunk in (7, 100, 1024):
-        assert abs(float(causal_lm_loss(states, weight, labels, chunk)) - expected.item()) < 1e-5
-    text = str(jax.make_jaxpr(jax.grad(lambda w: causal_lm_loss(states, w, labels, 16)))(weight))
-    assert "16,99]" in text
-    assert "100,99]" not in text
-    assert float(causal_lm_loss(states, weight, jnp.full((2, 50), -100))) == 0
-
-
-def test_dropout(make_model: Any, batch: Any) -> None:
-    twin, inputs = flax_twin(make_model(attention_dropout=0.5)), arrays(batch)
+def test_dropout_follows_its_key_and_is_off_unless_training(make_model: Any, batch: Any) -> None:
+    twin, inputs = to_flax(make_model(attention_dropout=0.5)), arrays(batch)
     still = twin(**inputs).logits
     first, again, other = (twin(**inputs, train=True, dropout_rng=jax.random.key(seed)).logits for seed in (0, 0, 1))
     assert np.array_equal(first, again)
@@ -288,7 +280,7 @@ def test_outputs_and_parameters_are_pytrees(twin: Any, batch: Any) -> None:
     assert twin.params["model"]["layers"]["0"]["self_attn"]["q_proj"]["weight"].shape == (48, 32)
 
 
-def test_the_module_is_nnx(twin: Any, batch: Any) -> None:
+def test_the_module_is_nnx_and_its_weights_can_be_taken_over(twin: Any, batch: Any) -> None:
     module = twin.module
     assert isinstance(module, nnx.Module)
     assert isinstance(module.model.layers[0].self_attn.q_proj.weight, nnx.Param)
@@ -304,17 +296,17 @@ def test_the_module_is_nnx(twin: Any, batch: Any) -> None:
 
 
 def test_a_shape_is_compiled_once(twin: Any) -> None:
-    call = flax_programs.forward_programs(twin._graph).call
+    forward = flax_compiled.forward_programs(twin._graph).forward
     ids = np.ones((3, 4), int)
     twin(ids)
-    compiled = call._cache_size()
+    compiled = forward._cache_size()
     for _ in range(2):
         twin(ids * 2)
-    flax_twin_again = type(twin)(twin.config)
-    flax_twin_again(ids)
-    assert call._cache_size() == compiled
+    again = type(twin)(twin.config)
+    again(ids)
+    assert forward._cache_size() == compiled
     twin(ids[:, :3])
-    assert call._cache_size() == compiled + 1
+    assert forward._cache_size() == compiled + 1
 
 
 @pytest.mark.parametrize(
@@ -325,23 +317,35 @@ def test_a_shape_is_compiled_once(twin: Any) -> None:
         ({"input_ids": np.ones((2, 3), int), "attention_mask": np.ones((2, 4), int)}, r"\(2, 4\).*3 tokens"),
     ],
 )
-def test_bad_inputs_are_refused(twin: Any, inputs: dict[str, Any], message: str) -> None:
+def test_inputs_that_do_not_fit_are_refused(twin: Any, inputs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         twin(**inputs)
 
 
-def test_a_full_cache_and_wrong_weights_are_refused(twin: Any) -> None:
+def test_a_full_cache_and_one_of_another_batch_are_refused(twin: Any) -> None:
     ids = np.ones((1, 5), int)
     cache = twin(ids, past_key_values=twin.init_cache(1, 7)).past_key_values
     with pytest.raises(ValueError, match="10 tokens do not fit into a cache of 7"):
         twin(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="1 rows"):
         twin(np.ones((2, 1), int), past_key_values=cache)
+
+
+def test_weights_that_do_not_fit_are_refused(twin: Any) -> None:
     with pytest.raises(ValueError, match=r"lack lm_head\.weight"):
         twin.params = {"model": twin.params["model"]}
     with pytest.raises(ValueError, match=r"lm_head\.weight has shape"):
         twin.params = {**twin.params, "lm_head": {"weight": np.zeros((3, 3))}}
+    with pytest.raises(ValueError, match=r"unknown weight score\.weight"):
+        twin.params = {**twin.params, "score": {"weight": np.zeros((3, 3))}}
+
+
+def test_other_dtypes_are_refused(twin: Any) -> None:
     with pytest.raises(ValueError, match="int8"):
         type(twin)(twin.config, dtype="int8")
-    with pytest.raises(ValueError, match="labels holds -5"):
+
+
+def test_labels_outside_the_vocabulary_are_refused(twin: Any) -> None:
+    ids = np.ones((1, 5), int)
+    with pytest.raises(ValueError, match=r"labels\[0, 0\] = -5.*\[0, 99\)"):
         twin.loss(ids, labels=ids - 6)

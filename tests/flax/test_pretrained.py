@@ -15,7 +15,7 @@ from transformers.utils import hub
 
 from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM, FlaxMistralModel, MistralForCausalLM, MistralModel
 from mistral_hf.checkpoints.reader import CheckpointError
-from tests.helpers.flax_models import array, flax_twin, jax, jnp, leaves
+from tests.helpers.flax_models import array, jax, jnp, leaves, to_flax
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -23,8 +23,10 @@ from tests.helpers.flax_models import array, flax_twin, jax, jnp, leaves
     ("dtype", "tied", "shard"),
     [("float32", False, "50GB"), ("bfloat16", True, "8KB"), ("float16", False, "8KB")],
 )
-def test_round_trip(make_model: Any, tmp_path: Path, dtype: str, tied: bool, shard: str, scan_layers: bool) -> None:
-    """PyTorch to JAX to PyTorch, ours and the library's, in one file and in shards."""
+def test_a_round_trip_from_pytorch_changes_no_bit(
+    make_model: Any, tmp_path: Path, dtype: str, tied: bool, shard: str, scan_layers: bool
+) -> None:
+    """To JAX and back to our PyTorch classes and the library's, in one file and in shards."""
     model = make_model(tie_word_embeddings=tied).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "torch", max_shard_size=shard)
     twin = FlaxMistralForCausalLM.from_pretrained(tmp_path / "torch", scan_layers=scan_layers)
@@ -41,7 +43,7 @@ def test_round_trip(make_model: Any, tmp_path: Path, dtype: str, tied: bool, sha
             assert torch.equal(loaded.state_dict()[name], weight), name
 
 
-def test_a_cast_is_that_of_pytorch(make_model: Any, tmp_path: Path) -> None:
+def test_a_cast_matches_pytorch(make_model: Any, tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "torch")
     twin = FlaxMistralForCausalLM.from_pretrained(tmp_path / "torch", dtype=jnp.bfloat16)
@@ -55,7 +57,7 @@ def test_a_cast_is_that_of_pytorch(make_model: Any, tmp_path: Path) -> None:
 def test_the_decoder_and_the_language_model_exchange_weights(
     make_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A missing head is made and a superfluous one left out, each with a warning that names it."""
+    """A missing head is initialised and an extra one left out, each with a warning that names it."""
     model = make_model()
     model.save_pretrained(tmp_path / "whole")
     model.model.save_pretrained(tmp_path / "decoder")
@@ -77,7 +79,7 @@ def test_the_decoder_and_the_language_model_exchange_weights(
     assert isinstance(MistralModel.from_pretrained(tmp_path / "again"), MistralModel)
 
 
-def test_a_foreign_checkpoint_is_refused(make_model: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused(make_model: Any, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "two")
     with pytest.raises(CheckpointError, match=r"lacks 9 weights.*layers\.2"):
         FlaxMistralForCausalLM.from_pretrained(tmp_path / "two", num_hidden_layers=3)
@@ -114,7 +116,7 @@ def test_random_weights_follow_the_seed(tiny: Any, make_model: Callable[..., Any
     assert not np.array_equal(stacked[0], stacked[1])
 
 
-def test_push_to_hub(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_uploads_what_is_saved_and_a_model_card(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     uploaded: dict[str, list[str]] = {}
 
     class Api:
@@ -129,5 +131,5 @@ def test_push_to_hub(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         "_upload_modified_files",
         lambda self, folder, name, **options: uploaded.update({name: sorted(p.name for p in Path(folder).iterdir())}),
     )
-    flax_twin(make_model()).push_to_hub("someone/tiny")
+    to_flax(make_model()).push_to_hub("someone/tiny")
     assert uploaded == {"someone/tiny": ["README.md", "config.json", "generation_config.json", "model.safetensors"]}

@@ -1,4 +1,4 @@
-"""JAX models with the weights of PyTorch models, for the tests of the JAX port."""
+"""JAX models with the weights of PyTorch ones; importing this skips a module where the port cannot run."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 
 import mistral_hf
 
-jax = pytest.importorskip("jax", reason="the JAX port needs jax")
-nnx = pytest.importorskip("flax.nnx", reason="the JAX port needs flax")
+_REASON = "the JAX port needs pip install 'mistral_hf[flax]'"
+jax = pytest.importorskip("jax", reason=_REASON)
+nnx = pytest.importorskip("flax.nnx", reason=_REASON)
 jnp = jax.numpy
 jax.config.update("jax_disable_most_optimizations", True)  # tiny models compile longer than they run
 
@@ -20,11 +21,12 @@ def array(tensor: torch.Tensor) -> Any:
 
 
 def arrays(inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A batch of tensors as NumPy arrays."""
     return {name: array(tensor) for name, tensor in inputs.items()}
 
 
 def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Values by dotted names as nested dicts."""
+    """Nested dicts from values by dotted names."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *path, last = name.split(".")
@@ -35,8 +37,8 @@ def nested(flat: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def flax_twin(model: Any, dtype: Any = "float32", **options: Any) -> Any:
-    """The JAX model with the configuration and the weights of a PyTorch model; layers stay apart."""
+def to_flax(model: Any, dtype: Any = "float32", **options: Any) -> Any:
+    """The JAX model of the same head, configuration and weights; layers are not stacked."""
     twin = getattr(mistral_hf, f"Flax{type(model).__name__}")(model.config, dtype=dtype, **options)
     flat = {name: array(weight).astype(twin.dtype) for name, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -46,12 +48,12 @@ def flax_twin(model: Any, dtype: Any = "float32", **options: Any) -> Any:
 
 
 def stacked(twin: Any) -> Any:
-    """The same model with the weights of its layers in one."""
+    """The same model with scanned layers, whose weights share one array."""
     scanned = type(twin)(twin.config, dtype=twin.dtype, scan_layers=True)
     decoder = twin.params["model"]
     layers = [decoder["layers"][str(number)] for number in range(twin.config.num_hidden_layers)]
-    together = jax.tree.map(lambda *weights: jnp.stack(weights), *layers)
-    scanned.params = {**twin.params, "model": {**decoder, "layers": together}}
+    stack = jax.tree.map(lambda *weights: jnp.stack(weights), *layers)
+    scanned.params = {**twin.params, "model": {**decoder, "layers": stack}}
     return scanned
 
 

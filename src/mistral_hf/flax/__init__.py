@@ -1,1 +1,1 @@
-"""The JAX port, as Flax NNX modules."""
+"""The parts of the JAX port: Flax NNX modules, their cache, loading, generation and losses."""

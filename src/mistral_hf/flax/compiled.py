@@ -1,6 +1,6 @@
-"""Compiled programs of the JAX model; models with the same architecture share them.
+"""Compiled programs of the JAX models; models of the same architecture share them.
 
-Legend: B batch, S tokens of a prompt, N room for new tokens.
+Legend: B batch, S tokens, N room for new tokens.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from ..generation_options import GenerationOptions
-from . import beam_search as flax_beam_search
-from . import generation as flax_generation
+from .beam_search import BeamSearch
 from .cache import FlaxRollingCache
-from .generation import Forward
+from .generation import Sampling, Search
+from .logits import tokens_of_prompt
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .params import Params, to_module
 
@@ -26,9 +26,15 @@ _OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions", "logits_to_keep"
 
 
 class ForwardPrograms(NamedTuple):
-    """The forward pass, and the language-model loss."""
+    """The forward pass and the language-model loss of a model.
 
-    call: Callable[..., Any]
+    Attributes:
+        forward: Takes weights, and the arguments of the module's call.
+        loss: Takes weights, ids, mask, positions, labels and a dropout key (all but the first two may be None), and
+            the static ``label_smoothing``.
+    """
+
+    forward: Callable[..., Any]
     loss: Callable[..., Array]
 
 
@@ -36,93 +42,123 @@ class ForwardPrograms(NamedTuple):
 def forward_programs(graph: Any) -> ForwardPrograms:
     """The programs of an NNX module, given by its graph definition."""
 
-    def call(params: Params, *inputs: Any, **options: Any) -> Any:
+    def forward(params: Params, *inputs: Any, **options: Any) -> Any:
         return to_module(graph, params)(*inputs, **options)
 
-    def loss(params: Params, ids: Array, mask: Array | None, labels: Array | None, dropout_key: Array | None) -> Array:
+    def loss(
+        params: Params,
+        ids: Array,
+        mask: Array | None,
+        position_ids: Array | None,
+        labels: Array | None,
+        dropout_key: Array | None,
+        *,
+        label_smoothing: float,
+    ) -> Array:
         module = to_module(graph, params)
-        states = module.model(ids, mask, dropout_key=dropout_key).last_hidden_state
+        states = module.model(ids, mask, position_ids, dropout_key=dropout_key).last_hidden_state
         if labels is None:
             labels = ids if mask is None else _real_labels(ids, mask)
-        return causal_lm_loss(states, module.output_weight, labels)
+        restarting = position_ids if mask is None else None  # under a mask, a row is one sequence
+        return causal_lm_loss(
+            states, module.output_weight, labels, position_ids=restarting, label_smoothing=label_smoothing
+        )
 
-    return ForwardPrograms(jax.jit(call, static_argnames=_OUTPUT_OPTIONS), jax.jit(loss))
+    forward_program = jax.jit(forward, static_argnames=_OUTPUT_OPTIONS)
+    return ForwardPrograms(forward_program, jax.jit(loss, static_argnames="label_smoothing"))
 
 
 def _real_labels(ids: Array, mask: Array) -> Array:
-    """Ids as labels, those of padding and of what follows padding ignored."""
+    """Ids ``[B, S]`` as labels, ignored where they are padding or follow padding."""
     real = mask.astype(bool)
     return jnp.where(real & jnp.pad(real, ((0, 0), (1, 0)))[:, :-1], ids, IGNORE_INDEX)
 
 
 class GenerationPrograms(NamedTuple):
-    """The two halves of a search: reading the prompt, and the loop."""
+    """The two programs of `generate`, and the search whose states they return.
 
-    begin: Callable[..., Any]
-    go_on: Callable[..., Any]
+    Attributes:
+        search: How tokens are chosen.
+        prefill: From weights, ids and mask of a prompt ``[B, S]``, the number of tokens to choose and a random key to
+            the state after the first new tokens.
+        decode: From weights, a state (which is donated) and a number of tokens to the state after that many, or after
+            the end.
+    """
+
+    search: Search
+    prefill: Callable[..., Any]
+    decode: Callable[..., Any]
 
 
 @lru_cache(maxsize=64)
 def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPrograms:
-    """The programs of a model and its options, compiled once for every length of prompts.
+    """The programs for a model and its options, compiled once for every length of prompts.
 
     Args:
         graph: Graph definition of a `MistralForCausalLMModule`.
-        options: With N as `max_new_tokens`; how many tokens are wanted is an argument of the programs.
+        options: With N as ``max_new_tokens``; the number of tokens to choose is an argument of the programs.
     """
-    kind: Any = flax_beam_search if options.num_beams > 1 else flax_generation
+    search: Search = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
 
-    def begin(params: Params, ids: Array, real: Array, *inputs: Any) -> Any:
+    def prefill(params: Params, ids: Array, real: Array, limit: Array, key: Array) -> Any:
         module = to_module(graph, params)
         cache = module.model.init_cache(ids.shape[0], ids.shape[1] + options.max_new_tokens)
-        return kind.start(_next_logits(module), ids, real, cache, *inputs, options)
+        logits, cache = _next_logits(module, ids, real, cache)
+        penalty = options.repetition_penalty != 1
+        previous_tokens = tokens_of_prompt(ids, real, logits.shape[-1]) if penalty else None
+        return search.begin(logits, cache, previous_tokens, limit, key)
 
-    def go_on(params: Params, search: Any, limit: Array) -> Any:
-        return kind.resume(_next_logits(to_module(graph, params)), search, limit, options)
+    def decode(params: Params, state: Any, until: Array) -> Any:
+        module = to_module(graph, params)
 
-    return GenerationPrograms(jax.jit(begin), jax.jit(go_on, donate_argnums=1))
+        def advance(state: Any) -> Any:
+            tokens, cache = search.inputs(state)
+            ids = tokens[:, None]
+            return search.advance(state, *_next_logits(module, ids, jnp.ones_like(ids, bool), cache))
+
+        return lax.while_loop(lambda state: (state.step < until) & search.running(state), advance, state)
+
+    return GenerationPrograms(search, jax.jit(prefill), jax.jit(decode, donate_argnums=1))
 
 
-def _next_logits(module: Any) -> Forward:
-    def forward(ids: Array, real: Array, cache: FlaxRollingCache) -> tuple[Array, FlaxRollingCache]:
-        outputs = module(ids, real, None, cache, logits_to_keep=1)
-        return outputs.logits[:, -1].astype(jnp.float32), outputs.past_key_values
-
-    return forward
+def _next_logits(module: Any, ids: Array, real: Array, cache: FlaxRollingCache) -> tuple[Array, FlaxRollingCache]:
+    """Logits ``[B, V]`` of the last token in float32, and the cache after the tokens ``[B, S]``."""
+    outputs = module(ids, real, None, cache, logits_to_keep=1)
+    return outputs.logits[:, -1].astype(jnp.float32), outputs.past_key_values
 
 
-def search(
+def new_tokens(
     programs: GenerationPrograms,
     params: Params,
     ids: Array,
     real: Array,
     limit: int,
     key: Array,
-    put: Callable[[Any], None] | None,
+    put: Callable[[Any], None] | None = None,
 ) -> Any:
-    """New tokens ``[B, at most limit]`` of a greedy search or of sampling.
+    """Run the programs.
 
     Args:
-        programs: For these options.
+        programs: For the options of the call.
         params: Weights.
-        ids, real: ``[B, S]``, the padded prompt.
-        limit: Number of new tokens.
+        ids, real: ``[B, S]``, the padded prompt and its mask.
+        limit: Number of tokens to choose.
         key: Random key.
-        put: Gets the tokens ``[B]`` of every step, if there is such a function.
+        put: Called with the tokens ``[B]`` of every step; not with beams.
+
+    Returns:
+        ``[B, at most limit]``, a NumPy array.
     """
-    state = programs.begin(params, ids, real, key)
-    if put is None:
-        state = programs.go_on(params, state, limit)
-    else:
-        for step in range(1, limit + 1):
-            put(np.asarray(state.tokens)[:, step - 1])
-            if step == limit or bool(state.finished.all()):
-                break
-            state = programs.go_on(params, state, step + 1)
-    return np.asarray(state.tokens)[:, : int(state.step)]
+    state = programs.prefill(params, ids, real, limit, key)
+    state = programs.decode(params, state, limit) if put is None else _stream(programs, params, state, limit, put)
+    return programs.search.result(state)
 
 
-def beam_search(programs: GenerationPrograms, params: Params, ids: Array, real: Array, limit: int) -> Any:
-    """New tokens ``[B, at most limit]`` of the best beam of every row; arguments as of `search`."""
-    state = programs.go_on(params, programs.begin(params, ids, real, limit), limit)
-    return np.asarray(state.done_tokens)[:, 0, : int(state.done_lengths[:, 0].max())]
+def _stream(programs: GenerationPrograms, params: Params, state: Any, limit: int, put: Callable[[Any], None]) -> Any:
+    """Run the loop of `Sampling` one step at a time, and pass on every token."""
+    for step in range(1, limit + 1):
+        put(np.asarray(state.tokens)[:, step - 1])
+        if step == limit or not programs.search.running(state):
+            break
+        state = programs.decode(params, state, step + 1)
+    return state

@@ -1,6 +1,6 @@
-"""The JAX Mistral as Flax NNX modules, top-down, with the names of the Hugging Face checkpoint.
+"""The Flax NNX modules of the JAX port, top-down, named as in the Hugging Face checkpoint.
 
-Every weight has the shape and the orientation of the checkpoint: a projection is ``[out, in]``.
+Every weight has the shape and orientation of the checkpoint: that of a projection is ``[out, in]``.
 
 Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, G = H / K, D head_dim, E hidden_size,
 V vocabulary.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from jax import Array, lax
 
 from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
-from .attention import attend
+from .attention import AttentionContext, attend
 from .cache import FlaxRollingCache, empty_cache, in_order, store
 from .outputs import FlaxCausalLMOutput, FlaxModelOutput
+from .sequence_layout import packed_segments, positions, real_keys
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
 _gelu = partial(jax.nn.gelu, approximate=False)
@@ -47,26 +48,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": jnp.tanh,
 }
 
-
-class Context(NamedTuple):
-    """What all layers share in one forward pass.
-
-    Attributes:
-        cos, sin: ``[B, 1, S, D]`` in float32, the first half of sin negated.
-        real: ``[B, T]``, which keys are no padding.
-        length: Tokens in the cache, or None without one.
-        empty: Whether there are none, so that the cache is only written.
-        weights_wanted: Whether layers return attention weights.
-    """
-
-    cos: Array
-    sin: Array
-    real: Array
-    length: Array | None
-    empty: bool
-    weights_wanted: bool
-
-
 KeyValues = tuple[Array, Array]
 
 
@@ -74,11 +55,14 @@ class MistralForCausalLMModule(nnx.Module):
     """A `MistralModule` and an output layer over the vocabulary, which may share the embeddings' weights.
 
     Args:
-        config: Sizes, window, rotary embedding, activation.
-        dtype: Of weights and activations.
+        config: The model's configuration.
+        dtype: Dtype of weights and activations.
         scan_layers: Keep every weight of all layers in one array, and compile one layer instead of all.
         remat: Recompute a layer's activations in the backward pass instead of keeping them.
-        rngs: With a stream ``params``.
+        rngs: Random keys, with a stream ``params``.
+
+    Raises:
+        ValueError: The port does not have the activation or the rotary embedding.
     """
 
     def __init__(
@@ -100,7 +84,10 @@ class MistralForCausalLMModule(nnx.Module):
         return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
 
     def __call__(self, input_ids: Array, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> FlaxCausalLMOutput:
-        """Predict the next token at every position, or at the last `logits_to_keep`; else as `MistralModule`."""
+        """Predict the next token at every position, or at the last `logits_to_keep` ones.
+
+        Other arguments are those of `MistralModule`.
+        """
         outputs = self.model(input_ids, *args, **kwargs)
         return FlaxCausalLMOutput(
             logits=linear(outputs.last_hidden_state[:, -logits_to_keep:], self.output_weight),
@@ -111,7 +98,7 @@ class MistralForCausalLMModule(nnx.Module):
 
 
 class MistralModule(nnx.Module):
-    """The decoder: embeddings, layers and the last norm. Arguments are those of `MistralForCausalLMModule`."""
+    """The decoder: embeddings, layers and the last norm; arguments are those of `MistralForCausalLMModule`."""
 
     def __init__(
         self,
@@ -153,8 +140,9 @@ class MistralModule(nnx.Module):
 
         Args:
             input_ids: ``[B, S]``.
-            attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are those of the new ones.
-            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
+            attention_mask: ``[B, S or more]``, nonzero for real tokens; the last S columns are for the new ones.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0. Positions that
+                restart (without mask and cache) mark packed sequences, which do not see each other.
             past_key_values: The cached tokens.
             dropout_key: Random key of the attention dropout; without one there is none.
             output_hidden_states, output_attentions: What else to return; see `FlaxModelOutput`.
@@ -162,14 +150,18 @@ class MistralModule(nnx.Module):
         batch, count = input_ids.shape
         mask = jnp.ones((batch, count), bool) if attention_mask is None else attention_mask[:, -count:].astype(bool)
         past = past_key_values
-        cache = None if past is None else past.mark(mask)
+        cache = None if past is None else past.advance(mask)
+        segments = None
         if position_ids is None:
-            position_ids = positions_of(mask) if cache is None else cache.positions(count)
+            position_ids = positions(mask) if cache is None else cache.positions(count)
+        elif attention_mask is None and cache is None and count > 1:
+            segments = packed_segments(position_ids)
         cos, sin = self.rotary_emb(position_ids)
-        context = Context(
+        context = AttentionContext(
             cos=cos,
             sin=sin,
-            real=mask if past is None or cache is None else _real_keys(past, cache, mask),
+            real=real_keys(mask, past, cache),
+            segments=segments,
             length=None if past is None else past.length,
             empty=past is None or past.empty,
             weights_wanted=output_attentions,
@@ -187,15 +179,25 @@ class MistralModule(nnx.Module):
         )
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
-        """An empty cache for sequences of up to `max_length` tokens; with a window, for any length beyond W."""
+        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length."""
         slots = min(self.window or max_length, max_length)
         shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 
     def _run_layers(
-        self, states: Array, context: Context, past: FlaxRollingCache | None, dropout_key: Array | None, collect: bool
+        self,
+        states: Array,
+        context: AttentionContext,
+        past: FlaxRollingCache | None,
+        dropout_key: Array | None,
+        collect: bool,
     ) -> tuple[Array, Any, Any, Any]:
-        """States after all layers; keys and values by layer; the input of every layer; attention weights by layer."""
+        """Run all layers.
+
+        Returns:
+            The last states; keys and values of the cache by layer; with `collect`, the input of every layer; and the
+            attention weights by layer.
+        """
 
         def run(
             graph: Any, weights: Any, states: Array, stored: KeyValues | None, index: Any
@@ -235,22 +237,6 @@ class MistralModule(nnx.Module):
         return states, stored, collected if collect else (), attentions
 
 
-def positions_of(mask: Array) -> Array:
-    """Positions ``[B, S]`` that begin at every row's first real token."""
-    count = mask.shape[1]
-    first = jnp.where(mask.any(axis=1), jnp.argmax(mask, axis=1), count)
-    return jnp.maximum(jnp.arange(count) - first[:, None], 0)
-
-
-def _real_keys(past: FlaxRollingCache, cache: FlaxRollingCache, mask: Array) -> Array:
-    """Which of the keys that the new tokens meet are no padding, ``[B, T]``; see `MistralAttention`."""
-    if past.empty:
-        return mask
-    if mask.shape[1] == 1:
-        return cache.real
-    return jnp.concatenate([in_order(past.real[:, None, :, None], past.length)[:, 0, :, 0], mask], axis=1)
-
-
 class MistralDecoderLayer(nnx.Module):
     """Attention, then the feed-forward layer, each normalised before and added to the residual stream."""
 
@@ -261,7 +247,11 @@ class MistralDecoderLayer(nnx.Module):
         self.post_attention_layernorm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
 
     def __call__(
-        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+        self,
+        states: Array,
+        context: AttentionContext,
+        stored: KeyValues | None = None,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues | None, Array | None]:
         """Map ``[B, S, E]`` to ``[B, S, E]``; the other arguments and results are those of `MistralAttention`."""
         attended, stored, weights = self.self_attn(self.input_layernorm(states), context, stored, dropout_key)
@@ -283,21 +273,23 @@ class MistralAttention(nnx.Module):
         self.o_proj = project(heads * self.head_dim, config.hidden_size)
 
     def __call__(
-        self, states: Array, context: Context, stored: KeyValues | None = None, dropout_key: Array | None = None
+        self,
+        states: Array,
+        context: AttentionContext,
+        stored: KeyValues | None = None,
+        dropout_key: Array | None = None,
     ) -> tuple[Array, KeyValues | None, Array | None]:
         """Attend.
-
-        One new token is stored and then reads the slots as they lie. Several read the old slots in the order of their
-        tokens, then each other, and are stored afterwards.
 
         Args:
             states: ``[B, S, E]``.
             context: What all layers share.
-            stored: Keys and values ``[B, K, slots, D]`` of the cache.
-            dropout_key: Random key of the attention dropout.
+            stored: Keys and values ``[B, K, slots, D]`` of the cache; None without a cache.
+            dropout_key: Random key of the attention dropout; without one there is none.
 
         Returns:
-            ``[B, S, E]``, the cache's keys and values with the new ones, and the weights ``[B, H, S, T]`` if wanted.
+            ``[B, S, E]``; the keys and values of the cache after the new tokens, or None; and the weights
+            ``[B, H, S, T]``, or None unless they are wanted.
         """
         batch, count, _ = states.shape
         q, k, v = (
@@ -308,8 +300,10 @@ class MistralAttention(nnx.Module):
         q = q.reshape(batch, self.kv_heads, self.groups, count, self.head_dim)
         if stored is not None:
             updated = (store(stored[0], k, context.length), store(stored[1], v, context.length))
+            # The only new token reads the slots as they lie, including its own.
             if not context.empty and count == 1:
                 k, v = updated
+            # Several read the old slots in order, then each other: some old ones are overwritten when they are stored.
             elif not context.empty:
                 old = (in_order(ring, context.length) for ring in stored)
                 k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
@@ -320,6 +314,7 @@ class MistralAttention(nnx.Module):
             v,
             context.real,
             self.window,
+            segments=context.segments,
             weights_wanted=context.weights_wanted,
             dropout=self.dropout,
             dropout_key=dropout_key,
@@ -336,8 +331,8 @@ class MistralMLP(nnx.Module):
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act={config.hidden_act!r} is not among the JAX port's: {', '.join(ACTIVATIONS)}. Use the"
-                " PyTorch model for this checkpoint."
+                f"hidden_act={config.hidden_act!r} is not among the activations of the JAX port:"
+                f" {', '.join(ACTIVATIONS)}. Use the PyTorch model for this checkpoint."
             )
         self.hidden_act = config.hidden_act
         project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
@@ -365,38 +360,38 @@ class MistralRMSNorm(nnx.Module):
 
 
 class MistralRotaryEmbedding(nnx.Module):
-    """Rotary position embeddings (Su et al., 2021) of the types that `ports.rotary_frequencies` has."""
+    """Rotary position embeddings (Su et al., 2021) of the types in `rope.ROTARY_TYPES`."""
 
     def __init__(self, config: MistralConfig) -> None:
         frequencies, self.scaling = rotary_frequencies(config)
         self.frequencies = tuple(frequencies.tolist())
 
     def __call__(self, position_ids: Array) -> tuple[Array, Array]:
-        """cos and sin ``[B or 1, 1, S, D]`` of positions ``[B or 1, S]``, the first half of sin negated."""
+        """cos and sin ``[B or 1, 1, S, D]`` in float32 for positions ``[B or 1, S]``, the first half of sin negated."""
         angles = position_ids[:, None, :, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
         cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
         return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(states: Array, cos: Array, sin: Array) -> Array:
-    """Rotate ``[B, heads, S, D]`` in float32, the two halves of a head being the parts of D/2 complex numbers."""
+    """Rotate ``[B, heads, S, D]`` in float32: elements i and i + D/2 are one complex number, turned by its angle."""
     wide = states.astype(jnp.float32)
     return (wide * cos + jnp.roll(wide, wide.shape[-1] // 2, axis=-1) * sin).astype(states.dtype)
 
 
 class Embedding(nnx.Module):
-    """A table ``[V, E]`` of normally distributed vectors."""
+    """A table of embeddings ``[V, E]``, initially from a normal distribution."""
 
     def __init__(self, count: int, size: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (count, size), dtype) * jnp.asarray(std, dtype))
 
     def __call__(self, ids: Array) -> Array:
-        """``[...]`` ids to ``[..., E]``."""
+        """Map ids ``[...]`` to ``[..., E]``."""
         return jnp.take(self.weight[...], ids, axis=0)
 
 
 class Linear(nnx.Module):
-    """A linear map without bias, its weight ``[out, in]`` as PyTorch and the checkpoint have it."""
+    """A linear map without bias; its weight is ``[out, in]`` as in PyTorch, initially from a normal distribution."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Any, std: float, rngs: nnx.Rngs) -> None:
         self.weight = nnx.Param(jax.random.normal(rngs.params(), (outputs, inputs), dtype) * jnp.asarray(std, dtype))

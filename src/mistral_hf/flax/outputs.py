@@ -1,4 +1,4 @@
-"""What the JAX models return: pytrees whose fields are read by name, by key or by place.
+"""What the JAX models return: pytrees whose fields are read by name, by key or by index.
 
 Legend: B batch, S new tokens, T keys, H query heads, E hidden_size, V vocabulary.
 """
@@ -17,7 +17,7 @@ from .cache import FlaxRollingCache
 @dataclass(frozen=True)
 class _Output:
     def __getitem__(self, key: str | int) -> Any:
-        """A field by its name, or by its place among those that are not None."""
+        """A field by its name, or by its index among the fields that are not None."""
         if isinstance(key, str):
             return getattr(self, key)
         values = (getattr(self, field.name) for field in fields(self))
@@ -32,8 +32,9 @@ class FlaxModelOutput(_Output):
     Attributes:
         last_hidden_state: ``[B, S, E]``, after the last norm.
         past_key_values: The cache with the new tokens, if one was given.
-        hidden_states: Embeddings, the output of every layer but the last, and `last_hidden_state`, if asked for.
-        attentions: ``[B, H, S, T]`` of every layer, if asked for.
+        hidden_states: The embeddings, the output of every layer but the last, and `last_hidden_state`, each
+            ``[B, S, E]``, if requested.
+        attentions: ``[B, H, S, T]`` for every layer, if requested.
     """
 
     last_hidden_state: Array
@@ -48,7 +49,7 @@ class FlaxCausalLMOutput(_Output):
     """What `FlaxMistralForCausalLM` returns; a pytree.
 
     Attributes:
-        logits: ``[B, S, V]``, of the next token at every position.
+        logits: ``[B, S or kept, V]``, the scores of the next token at every position.
         past_key_values, hidden_states, attentions: See `FlaxModelOutput`.
     """
 
@@ -64,8 +65,8 @@ class FlaxGenerateOutput(_Output):
     """What `generate` returns; a pytree.
 
     Attributes:
-        sequences: ``[B, prompt + new tokens]``, int32 of NumPy, as tokenizers decode it; rows that ended early are
-            padded on the right.
+        sequences: ``[B, prompt + new tokens]``, a NumPy array of int32, as tokenizers decode it; rows that ended early
+            are padded on the right.
     """
 
     sequences: Any

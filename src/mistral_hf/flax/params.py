@@ -1,4 +1,4 @@
-"""Weights as a plain nested dict by their Hugging Face names, and as the state of a Flax NNX module."""
+"""Weights as a nested dict by their Hugging Face names, and as the state of a Flax NNX module."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def nest(flat: Mapping[str, Any]) -> Params:
 
 
 def from_state(state: Any) -> Params:
-    """The weights of an NNX state; numbers of layers become text."""
+    """The weights of an NNX state; the numbers of layers become strings."""
     return nest(flatten(nnx.to_pure_dict(state)))
 
 
 def to_module(graph: Any, params: Params) -> Any:
-    """The NNX module of a graph definition with these weights."""
+    """The NNX module with this graph definition and these weights."""
 
     def with_numbers(inner: Params) -> dict[Any, Any]:
         return {
@@ -53,19 +53,19 @@ def to_module(graph: Any, params: Params) -> Any:
     return nnx.merge(graph, with_numbers(params))
 
 
-def checked(params: Mapping[Any, Any], expected: Params) -> dict[str, Any]:
-    """The same weights by dotted names.
+def check_params(params: Mapping[Any, Any], expected: Params) -> None:
+    """Check that weights have the names and shapes of the expected ones.
 
     Raises:
         ValueError: A weight is missing, unknown, or has another shape.
     """
     found, wanted = flatten(params), flatten(expected)
     if odd := sorted(found.keys() ^ wanted.keys()):
-        raise ValueError(f"params {'lack' if odd[0] in wanted else 'have no place for'} {odd[0]}.")
+        problem = "lack" if odd[0] in wanted else "have an unknown weight"
+        raise ValueError(f"params {problem} {odd[0]}: they must have the names of the model's own params.")
     for name, value in found.items():
         if tuple(value.shape) != tuple(wanted[name].shape):
             raise ValueError(f"{name} has shape {tuple(value.shape)}, but must have {tuple(wanted[name].shape)}.")
-    return found
 
 
 class Stacker:
@@ -74,22 +74,25 @@ class Stacker:
     Args:
         layers: Number of layers.
         dtype: Of the weights.
-        places: By weight, its sharding, or None.
+        shardings: The sharding of every weight, or None, by its name.
+
+    Attributes:
+        arrays: The weights so far, by dotted names.
     """
 
-    def __init__(self, layers: int, dtype: Any, places: Mapping[str, Any]) -> None:
-        self._layers, self._dtype, self._places = layers, dtype, places
+    def __init__(self, layers: int, dtype: Any, shardings: Mapping[str, Any]) -> None:
+        self._layers, self._dtype, self._shardings = layers, dtype, shardings
         self.arrays: dict[str, Array] = {}
 
     def put(self, name: str, layer: int | None, tensor: Any) -> None:
-        """Add a tensor, as the weight `name` or as one layer of it, and wait until it may be dropped."""
+        """Add a tensor as the weight `name`, or as one layer of it, and wait until the tensor is no longer needed."""
         tensor = tensor if tensor.dtype == self._dtype else tensor.astype(self._dtype)
-        place = self._places[name]
+        sharding = self._shardings[name]
         if layer is None:
-            self.arrays[name] = jax.device_put(tensor, place)
+            self.arrays[name] = jax.device_put(tensor, sharding)
         else:
             if name not in self.arrays:
-                self.arrays[name] = jnp.zeros((self._layers, *tensor.shape), self._dtype, device=place)
+                self.arrays[name] = jnp.zeros((self._layers, *tensor.shape), self._dtype, device=sharding)
             self.arrays[name] = _set_layer(self.arrays[name], tensor, layer)
         self.arrays[name].block_until_ready()
 
@@ -100,7 +103,7 @@ def _set_layer(stack: Array, tensor: Array, layer: Any) -> Array:
 
 
 def tensors_of(abstract: Params, layers: int, stacked: bool) -> dict[str, tuple[str, int | None, Shape]]:
-    """Every tensor of a checkpoint: the weight that holds it, its place among stacked layers, and its shape."""
+    """The tensors of a checkpoint by name: the weight that holds each, its index among stacked layers, its shape."""
     tensors: dict[str, tuple[str, int | None, Shape]] = {}
     for name, leaf in flatten(abstract).items():
         if stacked and "layers." in name:

@@ -24,22 +24,23 @@ from ..checkpoints.writer import LazyTensor
 from ..configuration_mistral import MistralConfig
 from .cache import FlaxRollingCache
 from .compiled import forward_programs
-from .params import Params, Stacker, checked, flatten, from_state, nest, tensors_of, to_module
-from .sharding import check_mesh, place_rows, weight_sharding
+from .params import Params, Stacker, check_params, flatten, from_state, nest, tensors_of, to_module
+from .sharding import check_mesh, shard_rows, weight_sharding
+from .validation import as_array, check_inputs
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
 
 
 class FlaxMistralPreTrainedModel(PushToHubMixin):
-    """What both models share: weights, loading and saving, placement on devices, and the compiled forward pass.
+    """What both models share: weights, loading and saving, devices, and the compiled forward pass.
 
     Args:
         config: The model's configuration.
-        seed: Of the random weights.
-        dtype: Of weights and activations: float32, bfloat16 or float16.
-        scan_layers: Keep every weight of all layers in one array and compile one layer instead of all: compiling is
-            several times faster, decoding somewhat slower. Names in `params` lack the layer's number then.
+        seed: Seed of the random weights.
+        dtype: Dtype of weights and activations: float32, bfloat16 or float16.
+        scan_layers: Keep every weight of all layers in one array, and compile one layer instead of all: compiling is
+            several times faster, decoding somewhat slower. Names in `params` then lack the layer's number.
         gradient_checkpointing: Recompute activations in the backward pass instead of keeping them.
         mesh: Devices to spread the weights over, with the axes ``data`` and ``model``.
 
@@ -50,7 +51,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         mesh: As given.
 
     Raises:
-        ValueError: The configuration asks for what this port does not have, or the dtype is no float dtype.
+        ValueError: The configuration needs something that this port does not have, or the dtype is not one of those.
     """
 
     module_class: ClassVar[type[nnx.Module]]
@@ -70,11 +71,11 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         self.params = from_state(nnx.state(self._build(seed)))
 
     def _set_up(self, config: MistralConfig, dtype: Any, scan: bool, remat: bool, mesh: Mesh | None) -> None:
-        """All but the weights."""
+        """Set everything but the weights."""
         config.validate_architecture()
         self.dtype = jnp.dtype(dtype)
         if self.dtype.name not in DTYPES:
-            raise ValueError(f"dtype={self.dtype.name} must be one of {', '.join(DTYPES)}.")
+            raise ValueError(f"dtype={self.dtype.name} is not supported: choose one of {', '.join(DTYPES)}.")
         if mesh is not None:
             check_mesh(mesh)
         self.config, self.mesh = config, mesh
@@ -88,8 +89,8 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         options = {"scan_layers": self._scan, "remat": self._remat}
         return self.module_class(self.config, self.dtype, **options, rngs=nnx.Rngs(seed))
 
-    def _places(self) -> dict[str, Any]:
-        """A sharding for every weight, or None without a mesh."""
+    def _shardings(self) -> dict[str, Any]:
+        """The sharding of every weight by its name; None without a mesh."""
         mesh = self.mesh
         return {
             name: None if mesh is None else weight_sharding(name, leaf.shape, mesh)
@@ -107,28 +108,30 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         mesh: Mesh | None = None,
         **options: Any,
     ) -> Any:
-        """Load a checkpoint, one tensor after the other: memory peaks at little more than the weights' size.
+        """Load a checkpoint one tensor at a time: memory peaks at little more than the size of the weights.
 
         Args:
-            name_or_path: A folder, or an id on the hub.
-            dtype: Of weights and activations (default: that of the checkpoint).
-            scan_layers, gradient_checkpointing, mesh: As of the class; each weight goes straight to its devices.
-            **options: Of the hub (``revision``, ``token``, ``cache_dir``, ``local_files_only``, ``force_download``),
-                and fields of the configuration to change.
+            name_or_path: A folder, or a model id on the hub.
+            dtype: Dtype of weights and activations (default: the checkpoint's).
+            scan_layers, gradient_checkpointing, mesh: See the class; every weight is put straight onto its devices.
+            **options: Options of the hub (``revision``, ``token``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, ``endpoint``), and fields of the configuration to override.
 
         Returns:
-            The model; weights of a head that the checkpoint lacks are random, and a warning names them.
+            The model. Weights of its head that the checkpoint lacks are random, and a warning names them.
 
         Raises:
-            FileNotFoundError: There is no such checkpoint.
-            ValueError: An option is unknown, or the weights and the configuration do not belong together.
+            FileNotFoundError: The checkpoint does not exist.
+            CheckpointError: Weights of the decoder are missing, unknown, or have another shape.
+            ValueError: An option is unknown, or the configuration needs something that this port does not have.
         """
         hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
         folder = locate(name_or_path, **hub)
         config, unknown = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
         if unknown:
             raise ValueError(
-                f"from_pretrained has no option {sorted(unknown)[0]!r}, nor has MistralConfig such a field."
+                f"from_pretrained has no option {min(unknown)!r}, and MistralConfig has no such field. Besides these"
+                f" fields it takes dtype, scan_layers, gradient_checkpointing, mesh, {', '.join(_HUB_OPTIONS)}."
             )
         if dtype is None:
             dtype = str(config.dtype or "float32").removeprefix("torch.")
@@ -140,27 +143,30 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         return model
 
     def _load(self, folder: Path) -> None:
-        stacker = Stacker(self.config.num_hidden_layers, self.dtype, self._places())
+        stacker = Stacker(self.config.num_hidden_layers, self.dtype, self._shardings())
         with open_weights(folder, {stored: shape for stored, (_, _, shape) in self._tensors.items()}) as weights:
             for stored, array in weights.stream():
                 stacker.put(*self._tensors[stored][:2], array)
-                del array
+                del array  # not held while the next one is read
             for stored in weights.missing:
-                stacker.put(*self._tensors[stored][:2], self._fresh(self._tensors[stored][2]))
+                stacker.put(*self._tensors[stored][:2], self._random_weight(self._tensors[stored][2]))
         self.params = nest(stacker.arrays)
 
-    def _fresh(self, shape: Shape) -> Any:
+    def _random_weight(self, shape: Shape) -> Any:
         return jax.random.normal(jax.random.key(0), shape, self.dtype) * self.config.initializer_range
 
     def save_pretrained(
         self, folder: str | Path, params: Params | None = None, max_shard_size: int | str = "50GB"
     ) -> None:
-        """Write a checkpoint that PyTorch, TensorFlow and this class load; one that is there already is replaced.
+        """Write a checkpoint that PyTorch, TensorFlow and this class load.
 
         Args:
-            folder: The target.
-            params: Weights to write (default: the model's).
-            max_shard_size: In bytes or such as ``"5GB"``.
+            folder: The target; a checkpoint in it is replaced.
+            params: Weights in place of the model's own.
+            max_shard_size: Largest size of a file, in bytes or such as ``"5GB"``.
+
+        Raises:
+            FileExistsError: The folder holds something other than a checkpoint.
         """
         flat = flatten(self.params if params is None else params)
 
@@ -183,26 +189,34 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
 
     @property
     def module(self) -> Any:
-        """The model as a Flax NNX module that shares these weights; what is done to it does not change the model.
+        """The model as a Flax NNX module with these weights; changes to the module do not change the model.
 
-        Take trained weights over with ``model.params = nnx.to_pure_dict(nnx.state(module))``.
+        To take over trained weights, set ``model.params = nnx.to_pure_dict(nnx.state(module))``.
         """
         return to_module(self._graph, self.params)
 
     @property
     def params(self) -> Params:
-        """The weights: a plain nested dict by Hugging Face names. What is set goes to its devices."""
+        """The weights, a plain nested dict by Hugging Face names. Setting them puts them on their devices.
+
+        Raises:
+            ValueError: A weight is missing, unknown, or has another shape.
+        """
         return self._params
 
     @params.setter
     def params(self, params: Params) -> None:
-        places, flat = self._places(), checked(params, self._abstract)
-        self._params = nest({name: jax.device_put(weight, places[name]) for name, weight in flat.items()})
+        check_params(params, self._abstract)
+        shardings, flat = self._shardings(), flatten(params)
+        self._params = nest({name: jax.device_put(weight, shardings[name]) for name, weight in flat.items()})
 
     def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
-        """A cache for sequences of up to `max_length` tokens, padding included; with a window, for any length beyond W.
+        """An empty cache, to pass as `past_key_values`; every call returns the cache for the next one.
 
-        Pass it as `past_key_values`, and what a call returns to the next call.
+        Args:
+            batch_size: Number of rows.
+            max_length: Number of tokens in a row, padding included. If it is at least the window, the cache serves any
+                length.
         """
         module = self.module
         return getattr(module, "model", module).init_cache(batch_size, max_length)
@@ -224,71 +238,51 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         """Run the model; differentiable, and compiled once for every shape of the inputs.
 
         Args:
-            input_ids: ``[B, S]`` token ids, as NumPy or JAX array.
-            attention_mask: ``[B, S]``, nonzero for real tokens. With a cache it may have columns of the cached tokens
-                before them, which change nothing: the cache knows which of its tokens are real.
-            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0.
-            params: Weights in place of the model's.
+            input_ids: ``[B, S]`` token ids: a JAX or NumPy array, or lists.
+            attention_mask: ``[B, S]``, nonzero for real tokens. With a cache it may begin with columns for the cached
+                tokens; they are not used, as the cache records which of its tokens are real.
+            position_ids: ``[B or 1, S]``; by default the first real token of a row has position 0. Positions that
+                restart (without mask and cache) mark packed sequences, which do not see each other.
+            params: Weights in place of the model's own.
             past_key_values: The cached tokens; see `init_cache`.
-            output_hidden_states, output_attentions: Return these too (default: as the configuration says).
+            output_hidden_states, output_attentions: Return these too (default: the configuration's fields).
             train: Apply dropout.
             dropout_rng: Random key of the dropout.
-            **options: ``logits_to_keep`` of `FlaxMistralForCausalLM`: make logits of that many last positions only.
+            **options: ``logits_to_keep`` of `FlaxMistralForCausalLM`: compute logits for that many last positions only;
+                0 means all.
 
         Returns:
             A `FlaxModelOutput` or `FlaxCausalLMOutput`.
 
         Raises:
-            ValueError: Shapes do not fit, an id lies outside the vocabulary, a cache is full, or dropout lacks its key.
+            ValueError: Shapes do not fit, an id lies outside the vocabulary, positions restart although a mask lets
+                packed sequences see each other, a cache is full, or dropout lacks its key.
         """
-        _check_inputs(input_ids, attention_mask, past_key_values, self.config)
+        inputs = self._inputs(input_ids, attention_mask, position_ids, past_key_values)
         if train and self.config.attention_dropout and dropout_rng is None:
             raise ValueError(
-                f"attention_dropout={self.config.attention_dropout} needs dropout_rng=jax.random.key(...)."
+                f"attention_dropout={self.config.attention_dropout} needs a random key: pass"
+                " dropout_rng=jax.random.key(...)."
             )
-        inputs = [None if x is None else place_rows(x, self.mesh) for x in (input_ids, attention_mask, position_ids)]
-        return forward_programs(self._graph).call(
+        return forward_programs(self._graph).forward(
             self.params if params is None else params,
             *inputs,
             past_key_values,
             dropout_key=dropout_rng if train else None,
-            output_hidden_states=_given(output_hidden_states, self.config.output_hidden_states),
-            output_attentions=_given(output_attentions, self.config.output_attentions),
+            output_hidden_states=_or_default(output_hidden_states, self.config.output_hidden_states),
+            output_attentions=_or_default(output_attentions, self.config.output_attentions),
             **options,
         )
 
+    def _inputs(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, cache: FlaxRollingCache | None = None
+    ) -> list[Any]:
+        """Ids, mask and positions: checked, and on their devices."""
+        ids, mask = as_array("input_ids", input_ids), as_array("attention_mask", attention_mask)
+        positions = as_array("position_ids", position_ids)
+        check_inputs(ids, mask, positions, cache, self.config)
+        return [None if x is None else shard_rows(x, self.mesh) for x in (ids, mask, positions)]
 
-def _given(value: bool | None, default: bool) -> bool:
+
+def _or_default(value: bool | None, default: bool) -> bool:
     return default if value is None else value
-
-
-def _check_inputs(input_ids: Any, attention_mask: Any, cache: FlaxRollingCache | None, config: MistralConfig) -> None:
-    """Check shapes, and values where they are known, before a program is compiled for them."""
-    if input_ids.ndim != 2 or not jnp.issubdtype(input_ids.dtype, jnp.integer):
-        raise ValueError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {input_ids.shape}.")
-    batch, count = input_ids.shape
-    _check_range("input_ids", input_ids, config.vocab_size)
-    if attention_mask is not None:
-        rows, columns = attention_mask.shape
-        if rows != batch or columns < count or (cache is None and columns != count):
-            raise ValueError(
-                f"attention_mask has shape {attention_mask.shape}, but there are {batch} rows of {count} tokens."
-            )
-    if cache is None:
-        return
-    if cache.real.shape[0] != batch:
-        raise ValueError(f"The cache has {cache.real.shape[0]} rows, but input_ids {batch}.")
-    if cache.slots != config.sliding_window and not isinstance(cache.length, jax.core.Tracer):
-        total = int(cache.length) + count
-        if total > cache.slots:
-            raise ValueError(
-                f"{total} tokens do not fit into a cache of {cache.slots}: give init_cache a larger max_length."
-            )
-
-
-def _check_range(name: str, ids: Any, count: int, exempt: Any = False) -> None:
-    """Check NumPy ids; reading JAX arrays would wait for the device."""
-    if not isinstance(ids, np.ndarray):
-        return
-    if (wrong := ((ids < 0) | (ids >= count)) & ~np.asarray(exempt)).any():
-        raise ValueError(f"{name} holds {ids[wrong][0]}, but ids must lie in [0, {count}).")

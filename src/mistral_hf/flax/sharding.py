@@ -1,4 +1,4 @@
-"""Where the weights and inputs of the JAX model lie on many devices.
+"""How the weights and inputs of the JAX models are spread over several devices.
 
 A mesh has the axes ``data`` (rows of a batch) and ``model`` (heads, features and vocabulary: tensor parallelism).
 """
@@ -24,15 +24,15 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def weight_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The place of a weight on the mesh.
+    """How a weight is spread over the mesh.
 
     Args:
         name: Its Hugging Face name.
         shape: Its shape; axes before those of the rule (of stacked layers) are not spread.
-        mesh: With the axes ``data`` and ``model``.
+        mesh: Devices with the axes ``data`` and ``model``.
 
     Raises:
-        ValueError: The axis that the rule spreads does not divide among the devices.
+        ValueError: The axis to spread is not divisible by the number of devices.
     """
     rule = next(spec for pattern, spec in PARTITION_RULES if re.search(rf"{pattern}$", name))
     spec = (*[None] * (len(shape) - len(rule)), *rule)
@@ -46,13 +46,19 @@ def weight_sharding(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedShard
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raise `ValueError` unless a mesh has the axes ``data`` and ``model``."""
+    """Check that a mesh has the axes ``data`` and ``model``.
+
+    Raises:
+        ValueError: It has other axes.
+    """
     if tuple(mesh.axis_names) != AXES:
-        raise ValueError(f"The mesh has the axes {mesh.axis_names!r}, but must have {AXES!r}, one of them may be 1.")
+        raise ValueError(
+            f"The mesh has the axes {mesh.axis_names!r}, but must have {AXES!r}; the size of either may be 1."
+        )
 
 
-def place_rows(batch: Any, mesh: Mesh | None) -> Array:
-    """Put an array ``[B, ...]`` on the devices, its rows spread over the data axis if they divide among it."""
+def shard_rows(batch: Any, mesh: Mesh | None) -> Array:
+    """Put an array ``[B, ...]`` on the devices, its rows spread over the data axis if that divides their number."""
     if mesh is None:
         return jax.numpy.asarray(batch)
     spread = batch.shape[0] % mesh.shape["data"] == 0
