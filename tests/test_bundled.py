@@ -38,7 +38,7 @@ def perplexity(model: Any, ids: torch.Tensor, **inputs: Any) -> float:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_logits_are_the_library_s(model: Any, blocks: torch.Tensor, implementation: str) -> None:
+def test_logits_match_the_library(model: Any, blocks: torch.Tensor, implementation: str) -> None:
     """Within 1e-4 on trained weights, four windows long."""
     stock = StockMistral.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32, attn_implementation=implementation)
     model.set_attn_implementation(implementation)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 96, "vocab_size": 80}
 COMMON = {**SIZES, "norm_eps": 1e-5, "rope_theta": 1e6, "max_seq_len": 256}
+TOKENS = [1, 7, 33, 2, 60, 5, 5, 71, 12, 40, 3, 9, 77, 21, 50, 4]  # a text of these models
 YARN = {"original_max_position_embeddings": 16, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1}
 
 GENERATIONS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,77 @@
+"""The commands: the scripts of ``conversion/`` and ``mistral-hf convert``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+from click.testing import Result
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from mistral_hf.cli import app as mistral_hf_app
+from mistral_hf.convert.folders import convert_raw_to_hf
+from tests.helpers.checkpoint_files import bits, load_folder, read_json
+from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(name: str, *args: str | Path) -> Result:
+    """Run a script of `conversion/` as its own command line would."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "conversion" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    app = typer.Typer()
+    app.command()(script.main)
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_the_commands_convert_there_and_back_and_verify(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    there = ["--input_dir", raw, "--output_dir", tmp_path / "hf"]
+    result = command("convert_mistral_weights_to_hf", *there, "--max_shard_size", "50KB", "--dtype", "float32")
+    assert (result.exit_code, "manifest.json" in result.stdout) == (0, True), result.output
+    again = command("convert_mistral_weights_to_hf", *there)
+    assert (again.exit_code, again.stderr.splitlines()[-1].startswith("Error: ")) == (1, True)
+    assert command("convert_mistral_weights_to_hf", *there, "--overwrite").exit_code == 0
+    back = ["--input_dir", tmp_path / "hf", "--output_dir", tmp_path / "back"]
+    assert command("convert_hf_weights_to_mistral", *back).exit_code == 0
+    assert bits(load_file(tmp_path / "back/consolidated.safetensors")) == bits(raw_tensors(COMMON))
+    same = command("verify_conversion", raw, tmp_path / "hf")
+    assert (same.exit_code, same.stdout.count("same: ")) == (0, 3), same.output
+    (raw / "params.json").write_text(json.dumps({**COMMON, "norm_eps": 1e-3}))
+    assert command("verify_conversion", raw, tmp_path / "hf", "--no_logits").exit_code == 1
+
+
+def test_a_command_runs_as_a_program() -> None:
+    line = [sys.executable, str(ROOT / "conversion/convert_mistral_weights_to_hf.py"), "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "--max_position_embeddings" in result.stdout
+
+
+def test_the_commands_only_print() -> None:
+    """Rules live in the package: the commands import nothing but it and their argument parser."""
+    for path in (ROOT / "conversion").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+        assert {line.split()[1].split(".")[0] for line in lines} <= {"pathlib", "typing", "typer", "mistral_hf"}
+
+
+def test_the_package_command_converts_like_the_script(tmp_path: Path) -> None:
+    """`mistral-hf convert` is the script under another name."""
+    params = GENERATIONS[next(iter(GENERATIONS))]
+    raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
+    result = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf"), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    convert_raw_to_hf(raw, tmp_path / "expected", dtype="float32")
+    assert bits(load_folder(tmp_path / "hf")) == bits(load_folder(tmp_path / "expected"))
+    assert read_json(tmp_path / "hf/config.json") == read_json(tmp_path / "expected/config.json")
+    again = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf")])
+    assert again.exit_code == 1
+    assert "overwrite" in again.stderr

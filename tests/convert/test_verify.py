@@ -1,0 +1,69 @@
+"""Verification: a faithful conversion passes, and every kind of difference is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
+from mistral_hf.convert.verify import verify
+from tests.helpers.checkpoint_files import read_json
+from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw
+
+
+def outcomes(a: Path, b: Path, **options: Any) -> dict[str, bool | None]:
+    return {check.name: check.ok for check in verify(a, b, **options)}
+
+
+@pytest.mark.parametrize("generation", ["7B v0.1", "Nemo", "Ministral 8B", "tied", "yarn"])
+def test_a_faithful_conversion_passes(generation: str, tmp_path: Path) -> None:
+    params = GENERATIONS[generation]
+    raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    convert_hf_to_raw(tmp_path / "hf", tmp_path / "back")
+    passed = {"configuration": True, "tensors": True, "tokenizer": None, "logits": True}
+    assert outcomes(raw, tmp_path / "hf") == passed
+    assert outcomes(tmp_path / "hf", tmp_path / "hf") == passed
+    assert outcomes(raw, tmp_path / "back") == passed
+
+
+def converted(tmp_path: Path) -> tuple[Path, Path]:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    return raw, tmp_path / "hf"
+
+
+def test_a_wrong_permutation_is_found(tmp_path: Path) -> None:
+    """k permuted with the query heads' count: shapes are right, the values are in the wrong rows."""
+    raw, hf = converted(tmp_path)
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    weight = load_file(raw / "consolidated.safetensors")["layers.0.attention.wk.weight"]
+    tensors[name] = weight.view(4, 4, 2, 64).transpose(1, 2).reshape(32, 64)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    assert outcomes(raw, hf) == {"configuration": True, "tensors": False, "tokenizer": None, "logits": False}
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    raw, hf = converted(tmp_path)
+    path = hf / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    assert outcomes(raw, hf, logits=False) == {"configuration": True, "tensors": False, "tokenizer": None}
+
+
+def test_a_wrong_configuration_is_found(tmp_path: Path) -> None:
+    raw, hf = converted(tmp_path)
+    config = read_json(hf / "config.json")
+    (hf / "config.json").write_text(json.dumps({**config, "rope_theta": 10000.0}))
+    assert outcomes(raw, hf) == {"configuration": False, "tensors": True, "tokenizer": None, "logits": False}
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither params"):
+        list(verify(tmp_path, tmp_path))
