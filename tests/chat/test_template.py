@@ -127,6 +127,24 @@ def test_refusals_name_what_is_wrong(version: str, messages: list[dict[str, Any]
         validate_conversation(messages, version)
 
 
+@pytest.mark.parametrize("version", ["v11", "v13"])
+@pytest.mark.parametrize("called", [("ab", "cab"), ("ab", "ca"), ("abc", "cb"), ("a", "a")])
+def test_a_result_is_written_once_where_merged_calls_repeat_an_id(
+    version: str, called: tuple[str, str], folder: Path
+) -> None:
+    """Neighbouring messages of the assistant become one turn; among its calls, the last of an id counts."""
+    ids = {name: f"call{name}{name}{name}{name}{name}" for name in "abc"}
+    first, second = (
+        {"role": "assistant", "tool_calls": [{"id": ids[n], "function": {"name": n, "arguments": {}}} for n in names]}
+        for names in called
+    )
+    results = [{"role": "tool", "content": name, "tool_call_id": ids[name]} for name in sorted(called[1])]
+    messages = [first, second, *results]
+    expected = expected_ids(version, folder, ValidationMode.agnostic, messages, None)
+    assert expected is not None
+    assert encode_conversation(converted(version, folder), messages) == expected
+
+
 def test_an_answer_cannot_follow_an_answer() -> None:
     validate_conversation([USER, ANSWER], "v3")
     validate_conversation([USER], "v3", to_answer=True)
