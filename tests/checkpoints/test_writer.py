@@ -219,6 +219,14 @@ def test_the_manifest_finds_every_change(tmp_path: Path) -> None:
         check_manifest(tmp_path)
 
 
+def test_a_checksum_counts_for_the_file_at_its_path_only(tmp_path: Path) -> None:
+    digests = write_checkpoint(tmp_path, lazy_tensors({"x": np.arange(5.0)}))
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/model.safetensors").write_text("another file of that name")
+    write_manifest(tmp_path, digests)
+    assert check_manifest(tmp_path) == 2
+
+
 def test_checksums_made_while_writing_are_those_of_the_files(tmp_path: Path) -> None:
     digests = write_checkpoint(tmp_path, lazy_tensors({"x": np.arange(5.0), "y": np.arange(7)}), max_shard_size=10)
     write_manifest(tmp_path)

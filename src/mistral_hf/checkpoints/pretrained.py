@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,15 @@ from transformers import GenerationConfig
 from ..compatibility import BASE_PREFIX, HEADS, CheckpointError, check_decoder_weights
 from ..configuration_mistral import MistralConfig
 from .reader import Array, Checkpoint, Shape, open_checkpoint
-from .writer import LazyTensor, atomic_folder, write_checkpoint
+from .writer import MANIFEST, LazyTensor, atomic_folder, write_checkpoint, write_manifest
 
 logger = logging.getLogger(__name__)
 _HUB_FILES = ("*.json", "*.safetensors")
+# Weights that a loader may find in a folder, with or without ".index.json"; beside new ones they would be stale.
+_WEIGHT_FILES = (
+    *("model*.safetensors", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack"),
+    *("consolidated*.safetensors", "consolidated*.pth"),
+)
 
 
 def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
@@ -118,27 +126,54 @@ def save_folder(
     dtype: str,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write a checkpoint that every framework loads; a folder that is there already is replaced, not mixed with it.
+    """Write a checkpoint that every framework loads.
+
+    A checkpoint that is there already is replaced. Its other files and folders stay (tokenizer, model card,
+    ``original/``), its weights of any format do not, and its manifest, if it has one, is written again.
 
     Args:
         folder: The target, which appears only when it is complete.
         config: The model's configuration.
-        generation_config: Defaults of `generate`, or None.
+        generation_config: Defaults of ``generate``, or None.
         tensors: The weights, by their Hugging Face names.
         architecture: The PyTorch class of this model, such as ``"MistralForCausalLM"``.
         dtype: Of the weights, such as ``"bfloat16"``.
-        max_shard_size: As of `output.write_checkpoint`.
+        max_shard_size: As of `write_checkpoint`.
+
+    Raises:
+        FileExistsError: The folder holds something other than a checkpoint in the Hugging Face format.
     """
     fields = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
     fields.pop("_name_or_path", None)
-    target = Path(folder)
-    kept = [path for path in target.iterdir() if path.is_file()] if target.is_dir() else []
     needs = sum(tensor.info.nbytes for tensor in tensors)
-    with atomic_folder(folder, overwrite=any(target.glob("config.json")), needs_bytes=needs) as work:
-        write_checkpoint(work, tensors, max_shard_size=max_shard_size)
+    with atomic_folder(folder, overwrite=True, marks=("config.json",), needs_bytes=needs) as work:
+        digests = write_checkpoint(work, tensors, max_shard_size=max_shard_size)
         (work / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         if generation_config is not None:
             generation_config.save_pretrained(work)
-        for path in kept:
-            if not (path.name.startswith("model") and ".safetensors" in path.name) and not (work / path.name).exists():
-                (work / path.name).write_bytes(path.read_bytes())
+        _keep_other_files(Path(folder), work)
+        if (Path(folder) / MANIFEST).is_file():
+            write_manifest(work, digests)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Put all files and folders of a checkpoint that are not weights into the one that replaces it."""
+    for path in old.iterdir() if old.is_dir() else ():
+        target = new / path.name
+        is_weights = any(fnmatch(path.name.removesuffix(".index.json"), pattern) for pattern in _WEIGHT_FILES)
+        if is_weights or path.name == MANIFEST or target.exists():
+            continue
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        elif path.is_dir():
+            shutil.copytree(path, target, symlinks=True, copy_function=_link_or_copy)
+        elif path.is_file():
+            _link_or_copy(path, target)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, which costs nothing and outlives the first; copy it where that is not possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

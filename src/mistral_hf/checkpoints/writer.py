@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 _PAGE = 4096
 _PIECE = 1 << 18  # larger writes ask the system for large free blocks of memory, smaller ones reuse what was just freed
 _CODES = {name: code for code, name in DTYPES.items()}
-_CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
+CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
 
 
 class LazyTensor(NamedTuple):
@@ -159,7 +159,9 @@ def parse_size(size: int | str | None) -> int | None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, marks: Sequence[str] = CHECKPOINT_FILES, needs_bytes: int = 0
+) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends without an error.
 
     The work happens in `.NAME.incomplete` beside the target. An error removes it; a killed run leaves it, and the
@@ -168,6 +170,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int
     Args:
         path: The target.
         overwrite: Replace a checkpoint folder that is already there.
+        marks: File names, one of which a folder must hold to count as a checkpoint.
         needs_bytes: Refuse at once if the disk has not this much free.
 
     Yields:
@@ -184,7 +187,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int
     with _claim(work, target):
         try:
             _restore(target, old)
-            _check_replaceable(target, overwrite)
+            _check_replaceable(target, overwrite, marks)
             free = shutil.disk_usage(target.parent).free
             if free < needs_bytes:
                 raise OSError(
@@ -226,18 +229,22 @@ def _restore(target: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_replaceable(target: Path, overwrite: bool, marks: Sequence[str]) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
+    if not any((target / name).is_file() for name in marks):
+        raise FileExistsError(
+            f"{target} holds no {' or '.join(marks)}, so it does not look like a checkpoint and is not replaced:"
+            " remove it yourself, or give another output."
+        )
     if not overwrite:
         raise FileExistsError(f"{target} exists: give another output, or --overwrite to replace it")
-    if not any((target / name).is_file() for name in _CHECKPOINT_FILES):
-        raise FileExistsError(f"{target} does not look like a checkpoint, so it is not replaced: remove it yourself")
 
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _fsync(path)
 
 
 def _fsync(path: Path) -> None:
@@ -270,16 +277,14 @@ def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -
 
     Args:
         folder: The finished folder.
-        known: Checksums that need not be computed again, by file name.
+        known: Checksums that need not be computed again, by file name relative to the folder.
     """
     known = known or {}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     files = {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": known.get(path.name) or file_sha256(path),
-        }
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        name: {"size": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+        for name, path in paths.items()
+        if name != MANIFEST
     }
     (Path(folder) / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
 
