@@ -4,8 +4,11 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -150,8 +153,9 @@ def chat(
 
     if seed is not None:
         set_seed(seed)
+    interrupted = threading.Event()
     try:
-        session = ChatSession(loaded, tokenizer, system, **options)
+        session = ChatSession(loaded, tokenizer, system, stopping_criteria=[_stop_if(interrupted)], **options)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     for line in _lines("> "):
@@ -165,7 +169,29 @@ def chat(
         elif command.startswith("/"):
             typer.echo(f"There is no command {command}: /reset, /system TEXT, /exit.", err=True)
         elif line:
-            session.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+            with _ctrl_c_sets(interrupted):
+                session.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def _stop_if(event: threading.Event) -> Callable[..., Any]:
+    """A stopping criterion of ``generate`` that ends the text once the event is set."""
+    import torch
+
+    def criterion(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), event.is_set(), device=input_ids.device)
+
+    return criterion
+
+
+@contextmanager
+def _ctrl_c_sets(event: threading.Event) -> Iterator[None]:
+    """Within the block, Ctrl-C sets the event instead of raising an error."""
+    event.clear()
+    previous = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _lines(prompt: str) -> Iterator[str]:
