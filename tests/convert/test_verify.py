@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mistral_hf.convert import params as params_module
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.verify import verify
 from tests.helpers.checkpoint_files import read_json
@@ -67,3 +68,52 @@ def test_a_wrong_configuration_is_found(tmp_path: Path) -> None:
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither params"):
         list(verify(tmp_path, tmp_path))
+
+
+def write_without(folder: Path, params: dict[str, Any], *fields: str) -> Path:
+    """A raw folder whose ``params.json`` leaves out these fields."""
+    write_raw(folder, params, raw_tensors(params))
+    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if k not in fields}))
+    return folder
+
+
+def test_raw_folders_without_rope_theta_are_compared_but_for_their_logits(tmp_path: Path) -> None:
+    a, b = (write_without(tmp_path / name, COMMON, "rope_theta") for name in "ab")
+    checks = {check.name: check for check in verify(a, b)}
+    assert {name: check.ok for name, check in checks.items()} == {
+        "configuration": True,
+        "tensors": True,
+        "tokenizer": None,
+        "logits": None,
+    }
+    assert "rope_theta" in checks["logits"].detail
+    assert "params.json" in checks["logits"].detail
+    assert "not said on both: rope_theta" in checks["configuration"].detail
+
+
+def test_a_length_that_neither_folder_gives_is_not_needed(tmp_path: Path) -> None:
+    a, b = (write_without(tmp_path / name, COMMON, "max_seq_len") for name in "ab")
+    assert outcomes(a, b) == {"configuration": True, "tensors": True, "tokenizer": None, "logits": True}
+
+
+def test_layers_with_different_windows_are_compared_but_for_their_logits(tmp_path: Path) -> None:
+    params = {**GENERATIONS["Ministral 8B"], "max_seq_len": 64}
+    a, b = (write_without(tmp_path / name, params, *left_out) for name, left_out in (("a", ()), ("b", ["max_seq_len"])))
+    checks = {check.name: check for check in verify(a, b)}
+    assert {name: check.ok for name, check in checks.items()} == {
+        "configuration": True,
+        "tensors": True,
+        "tokenizer": None,
+        "logits": None,
+    }
+    assert "different windows" in checks["logits"].detail
+
+
+def test_the_table_of_published_models_gives_a_missing_rope_theta(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = tuple(COMMON[field] for field in params_module._SIZES)
+    known = (params_module.KnownModel("Tiny", shape, 1e6, 256),)
+    monkeypatch.setattr(params_module, "KNOWN_MODELS", known)
+    a, b = (write_without(tmp_path / name, COMMON, "rope_theta") for name in "ab")
+    assert outcomes(a, b)["logits"] is True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,9 +83,9 @@ _MAY_BE_UNSAID = ("rope_theta", "max_seq_len")
 
 
 def _filled(side: _Side, other: _Side) -> _Side:
-    """Fill what a raw `params.json` may leave out from the other side."""
-    params = side.params | {f: other.params[f] for f in _MAY_BE_UNSAID if side.params[f] is None}
-    if None not in (params[f] for f in _MAY_BE_UNSAID):
+    """Fill what a raw ``params.json`` may leave out: from the other side, else from the table of published models."""
+    params = side.params | {field: other.params[field] for field in _MAY_BE_UNSAID if side.params[field] is None}
+    with suppress(ValueError):  # `_compare_logits` says what is missing
         params, _ = complete_params(params)
     return side._replace(params=params)
 
@@ -142,7 +142,7 @@ def _compare_tokenizers(a: _Side, b: _Side, text: str) -> Check:
     encoders = _encoder(a), _encoder(b)
     missing = [str(side.folder) for side, encode in zip((a, b), encoders, strict=True) if encode is None]
     if missing:
-        return Check("tokenizer", None, f"not compared: no tokenizer in {' and '.join(missing)}")
+        return Check("tokenizer", None, f"no tokenizer in {' and '.join(missing)}")
     ids = [encode(text) for encode in encoders if encode is not None]
     wrong = next((i for i, (x, y) in enumerate(zip(*ids, strict=False)) if x != y), None)
     if wrong is None and len(ids[0]) == len(ids[1]):
@@ -153,6 +153,8 @@ def _compare_tokenizers(a: _Side, b: _Side, text: str) -> Check:
 
 
 def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
+    if why := _why_no_logits(a.params) or _why_no_logits(b.params):
+        return Check("logits", None, why)
     encode = _encoder(a) or _encoder(b)
     vocab = a.params["vocab_size"]
     tokens = [1, *(encode(text) if encode else np.random.default_rng(0).integers(3, vocab, 64).tolist())]
@@ -161,6 +163,15 @@ def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
     return Check(
         "logits", error <= tolerance, f"largest difference {error:.1e} of the largest logit, limit {tolerance:.0e}"
     )
+
+
+def _why_no_logits(params: Params) -> str | None:
+    """What keeps a model from being run, if anything does."""
+    if params["rope_theta"] is None:
+        return "neither folder gives rope_theta: add it to params.json (the model card gives it)"
+    if isinstance(params["sliding_window"], list):
+        return "the layers have different windows, and no max_seq_len within the smallest of them"
+    return None
 
 
 def _logits(side: _Side, tokens: Sequence[int]) -> Any:
