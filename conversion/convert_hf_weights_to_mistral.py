@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.convert.console import byte_progress, run
+from mistral_hf.convert.console import byte_progress, exit_on_error
 from mistral_hf.convert.folders import convert_hf_to_raw
 
 
@@ -22,7 +22,7 @@ def main(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert a Hugging Face Mistral checkpoint (or a PEFT adapter) to the raw format."""
-    with run(), byte_progress() as progress:
+    with exit_on_error(), byte_progress() as progress:
         result = convert_hf_to_raw(
             input_dir, output_dir, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.convert.console import byte_progress, run
+from mistral_hf.convert.console import byte_progress, exit_on_error
 from mistral_hf.convert.folders import convert_raw_to_hf
 
 
@@ -29,7 +29,7 @@ def main(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert a raw Mistral checkpoint (or a raw LoRA adapter) to Hugging Face format."""
-    with run(), byte_progress() as progress:
+    with exit_on_error(), byte_progress() as progress:
         result = convert_raw_to_hf(
             input_dir,
             output_dir,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mistral_hf.convert.console import run
+from mistral_hf.convert.console import exit_on_error
 from mistral_hf.convert.verify import SAMPLE_TEXT, verify
 
 
@@ -19,7 +19,7 @@ def main(
 ) -> None:
     """Compare tensors bit for bit, configuration, tokenizer ids and logits; exit with 1 if anything differs."""
     failed = False
-    with run():
+    with exit_on_error():
         for check in verify(a, b, text=text, logits=logits, tolerance=tolerance):
             verdict = {True: "same", False: "DIFFERS", None: "not compared"}[check.ok]
             typer.echo(f"{check.name + ':':<15} {verdict}: {check.detail}")

@@ -217,10 +217,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert raw Mistral weights to Hugging Face format."""
-    from .convert.console import byte_progress, run
+    from .convert.console import byte_progress, exit_on_error
     from .convert.folders import convert_raw_to_hf
 
-    with run(), byte_progress() as progress:
+    with exit_on_error(), byte_progress() as progress:
         result = convert_raw_to_hf(
             input_dir,
             output_dir,

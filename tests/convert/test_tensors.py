@@ -38,8 +38,8 @@ def test_tables_invert() -> None:
         for source, target in table.pairs:
             for n in ("0", "17", "103"):
                 name = source.replace("{n}", n)
-                assert table.forward(name) == target.replace("{n}", n)
-                assert table.backward(table.forward(name)) == name
+                assert table.to_target(name) == target.replace("{n}", n)
+                assert table.to_source(table.to_target(name)) == name
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_tables_invert() -> None:
 )
 def test_unknown_names_raise(name: str) -> None:
     with pytest.raises(ValueError, match="unknown tensor name"):
-        RAW_TO_HF.forward(name)
+        RAW_TO_HF.to_target(name)
     with pytest.raises(ValueError, match="unknown tensor name"):
-        RAW_TO_HF.backward(name)
+        RAW_TO_HF.to_source(name)
 
 
 def test_a_table_is_one_to_one() -> None:
@@ -60,7 +60,7 @@ def test_a_table_is_one_to_one() -> None:
 
 def test_tables_can_be_chained() -> None:
     port = NameTable([("model.layers.{n}.self_attn.q_proj.weight", "layers.{n}.attn/q/kernel")])
-    assert port.forward(RAW_TO_HF.forward("layers.5.attention.wq.weight")) == "layers.5.attn/q/kernel"
+    assert port.to_target(RAW_TO_HF.to_target("layers.5.attention.wq.weight")) == "layers.5.attn/q/kernel"
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(4, 16), (1, 6), (8, 128), (3, 2)])

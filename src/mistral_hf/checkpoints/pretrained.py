@@ -54,7 +54,7 @@ def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
 
 
 @dataclass(frozen=True)
-class Weights:
+class MatchedWeights:
     """The tensors of a checkpoint by the names of the model that they load into.
 
     Attributes:
@@ -74,7 +74,7 @@ class Weights:
 
 
 @contextmanager
-def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[Weights]:
+def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[MatchedWeights]:
     """Match the safetensors files of a folder with a model, of any head or none.
 
     Args:
@@ -99,7 +99,7 @@ def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[We
             logger.warning("%s lacks %s: newly initialised, to be trained.", folder, ", ".join(missing))
         if unexpected:
             logger.warning("%s has %s, which this model has no place for.", folder, ", ".join(unexpected))
-        yield Weights(tuple(missing), tuple(unexpected), names, checkpoint)
+        yield MatchedWeights(tuple(missing), tuple(unexpected), names, checkpoint)
 
 
 def _match(found: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:

@@ -24,7 +24,7 @@ def byte_progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def run() -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """Turn an error that explains itself into one line and exit code 1."""
     try:
         yield

@@ -94,7 +94,7 @@ def convert_raw_to_hf(
     shapes = raw_shapes(params)
     with open_checkpoint(source, "consolidated", shapes) as checkpoint:
         _check_model(checkpoint, shapes, params, "output.weight", notes)
-        tensors = [_translated(checkpoint, raw, RAW_TO_HF.forward(raw), raw_to_hf, params, dtype) for raw in shapes]
+        tensors = [_translated(checkpoint, raw, RAW_TO_HF.to_target(raw), raw_to_hf, params, dtype) for raw in shapes]
         config = params_to_config(params, _main_dtype(tensors))
         tokenizer = find_raw_tokenizer(source)
 
@@ -145,7 +145,7 @@ def convert_hf_to_raw(
     shapes = hf_shapes(params)
     with open_checkpoint(source, "model") as checkpoint:
         _check_model(checkpoint, shapes, params, "lm_head.weight", notes)
-        tensors = [_translated(checkpoint, hf, RAW_TO_HF.backward(hf), hf_to_raw, params, dtype) for hf in shapes]
+        tensors = [_translated(checkpoint, hf, RAW_TO_HF.to_source(hf), hf_to_raw, params, dtype) for hf in shapes]
         tokenizer = find_raw_tokenizer(source)
 
         def write_rest(folder: Path) -> None:
@@ -165,7 +165,7 @@ def _raw_adapter_to_peft(
     given = _read_json(source / "params.json")
     params = normalize_params(given)
     with open_checkpoint(source, "lora") as checkpoint:
-        names = {raw: LORA_TO_PEFT.forward(raw) for raw in checkpoint}
+        names = {raw: LORA_TO_PEFT.to_target(raw) for raw in checkpoint}
         rank = check_adapter(checkpoint.shapes, params, str(source))
         config = lora_config_to_peft(given, rank, names)
         tensors = [_translated(checkpoint, raw, peft, raw_to_hf, params, None) for raw, peft in names.items()]
@@ -183,7 +183,7 @@ def _peft_adapter_to_raw(
     config = _read_json(source / "adapter_config.json")
     params = _base_params(source, config)
     with open_checkpoint(source, "adapter_model") as checkpoint:
-        names = {peft: LORA_TO_PEFT.backward(peft) for peft in checkpoint}
+        names = {peft: LORA_TO_PEFT.to_source(peft) for peft in checkpoint}
         rank = check_adapter({raw: checkpoint[peft].shape for peft, raw in names.items()}, params, str(source))
         written = _without_nulls(params) | {"lora": peft_config_to_lora(config, rank)}
         tensors = [_translated(checkpoint, peft, raw, hf_to_raw, params, None) for peft, raw in names.items()]

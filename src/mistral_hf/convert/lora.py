@@ -28,7 +28,7 @@ def lora_config_to_peft(params: dict[str, Any], rank: int, raw_names: Iterable[s
         raise ValueError("params.json has no 'lora' block with 'scaling', so the strength of the adapter is unknown")
     if lora.get("rank", rank) != rank:
         raise ValueError(f"params.json says lora rank {lora['rank']}, but the tensors have rank {rank}")
-    modules = sorted({LORA_TO_PEFT.forward(name).split(".")[-3] for name in raw_names})
+    modules = sorted({LORA_TO_PEFT.to_target(name).split(".")[-3] for name in raw_names})
     alpha = float(lora["scaling"]) * rank
     return {
         "peft_type": "LORA",

@@ -28,7 +28,7 @@ class NameTable:
 
     Example:
         >>> table = NameTable([("layers.{n}.attention.wq.weight", "model.layers.{n}.self_attn.q_proj.weight")])
-        >>> table.forward("layers.3.attention.wq.weight")
+        >>> table.to_target("layers.3.attention.wq.weight")
         'model.layers.3.self_attn.q_proj.weight'
     """
 
@@ -37,16 +37,16 @@ class NameTable:
         for side in zip(*self.pairs, strict=True):
             if len(set(side)) != len(side):
                 raise ValueError(f"a name table must be one-to-one, but a name repeats in {side}")
-        self._forward = dict(self.pairs)
-        self._backward = {target: source for source, target in self.pairs}
+        self._targets = dict(self.pairs)
+        self._sources = {target: source for source, target in self.pairs}
 
-    def forward(self, name: str) -> str:
+    def to_target(self, name: str) -> str:
         """Translate a source name. Raises `ValueError` for a name that the table does not hold."""
-        return _translate(self._forward, name)
+        return _translate(self._targets, name)
 
-    def backward(self, name: str) -> str:
+    def to_source(self, name: str) -> str:
         """Translate a target name back. Raises `ValueError` for a name that the table does not hold."""
-        return _translate(self._backward, name)
+        return _translate(self._sources, name)
 
 
 def _translate(table: Mapping[str, str], name: str) -> str:
@@ -141,12 +141,12 @@ def raw_to_hf(name: str, weight: Array, params: Params) -> tuple[str, Array]:
     """Translate one raw tensor, of a model or of a LoRA file, into its Hugging Face name and row order."""
     table = LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF
     heads = _ROTARY.get(_pattern_of(name)[0])
-    return table.forward(name), weight if heads is None else interleaved_to_half(weight, params[heads])
+    return table.to_target(name), weight if heads is None else interleaved_to_half(weight, params[heads])
 
 
 def hf_to_raw(name: str, weight: Array, params: Params) -> tuple[str, Array]:
     """Undo `raw_to_hf`: one Hugging Face (or PEFT) tensor into its raw name and row order."""
-    raw_name = (LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF).backward(name)
+    raw_name = (LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF).to_source(name)
     heads = _ROTARY.get(_pattern_of(raw_name)[0])
     return raw_name, weight if heads is None else half_to_interleaved(weight, params[heads])
 
@@ -177,7 +177,7 @@ def raw_shapes(params: Params) -> dict[str, Shape]:
 
 def hf_shapes(params: Params) -> dict[str, Shape]:
     """The name and shape of every tensor of a Hugging Face checkpoint with these normalized `params`."""
-    return {RAW_TO_HF.forward(name): shape for name, shape in raw_shapes(params).items()}
+    return {RAW_TO_HF.to_target(name): shape for name, shape in raw_shapes(params).items()}
 
 
 def check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:

@@ -42,7 +42,7 @@ class _Side(NamedTuple):
         """A tensor under its raw name and in raw row order, whatever the folder's format."""
         if self.is_raw:
             return self.checkpoint.read(name)
-        hf_name = RAW_TO_HF.forward(name)
+        hf_name = RAW_TO_HF.to_target(name)
         return hf_to_raw(hf_name, self.checkpoint.read(hf_name), self.params)[1]
 
 
