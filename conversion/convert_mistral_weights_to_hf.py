@@ -16,7 +16,9 @@ def main(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; by default every bit is kept.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Largest output file.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max_shard_size", help="Largest output file of a model.", show_default="5GB")
+    ] = None,
     max_position_embeddings: Annotated[
         int | None, typer.Option("--max_position_embeddings", help="If params.json and the known models lack it.")
     ] = None,

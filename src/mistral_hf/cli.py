@@ -211,7 +211,9 @@ def convert(
     input_dir: Annotated[Path, typer.Argument(help="Folder with params.json and consolidated weights.")],
     output_dir: Annotated[Path, typer.Argument(help="Folder to write; appears only when complete.")],
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto keeps every bit.")] = Dtype.auto,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest output file of a model.", show_default="5GB")
+    ] = None,
     max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="If the input does not say it.")] = None,
     rope_theta: Annotated[float | None, typer.Option(min=1, help="If the input does not say it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,

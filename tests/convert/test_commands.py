@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from mistral_hf.cli import app as mistral_hf_app
 from mistral_hf.convert.folders import convert_raw_to_hf
 from tests.helpers.checkpoint_files import bits, load_folder, read_json
-from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw
+from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw, write_raw_lora
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +83,15 @@ def test_a_comparison_that_cannot_be_made_is_no_failure(tmp_path: Path) -> None:
         write_raw(tmp_path / name, params, raw_tensors(COMMON))
     result = command("verify_conversion", tmp_path / "a", tmp_path / "b")
     assert (result.exit_code, result.stdout.count("same: "), result.stdout.count("not compared: ")) == (0, 2, 2)
+
+
+def test_the_commands_convert_adapters_and_refuse_options_of_whole_models(tmp_path: Path) -> None:
+    write_raw_lora(tmp_path / "lora")
+    there = ["--input_dir", tmp_path / "lora", "--output_dir", tmp_path / "peft"]
+    refused = command("convert_mistral_weights_to_hf", *there, "--rope_theta", "10000")
+    assert refused.exit_code == 1
+    assert "is an adapter" in refused.stderr
+    assert "rope_theta" in refused.stderr
+    assert command("convert_mistral_weights_to_hf", *there, "--dtype", "bfloat16").exit_code == 0
+    result = CliRunner().invoke(mistral_hf_app, ["convert", str(tmp_path / "lora"), str(tmp_path / "peft2")])
+    assert result.exit_code == 0, result.output

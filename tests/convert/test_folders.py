@@ -110,7 +110,7 @@ def test_given_lengths_are_reported(tmp_path: Path) -> None:
 
 def test_a_summary_lists_notes_and_size() -> None:
     text = Conversion(Path("out"), 3, 2_500_000_000, ["a note"]).summary()
-    assert text == "note: a note\nout: 3 tensors, 2.5 GB, every file in manifest.json"
+    assert text == "note: a note\nout: 3 tensors, 2.5 GB, listed in manifest.json"
 
 
 # Refusals
@@ -118,16 +118,16 @@ def test_a_summary_lists_notes_and_size() -> None:
 
 def test_inputs_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
         convert_raw_to_hf(tmp_path / "nowhere", tmp_path / "hf")
     for output in (raw, tmp_path):
         with pytest.raises(ValueError, match="is or contains the input"):
             convert_raw_to_hf(raw, output, overwrite=True)
     (raw / "params.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"params\.json is no JSON"):
+    with pytest.raises(CheckpointError, match=r"params\.json is not JSON"):
         convert_raw_to_hf(raw, tmp_path / "hf")
     (raw / "params.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="no JSON object"):
+    with pytest.raises(CheckpointError, match="is not a JSON object"):
         convert_raw_to_hf(raw, tmp_path / "hf")
     (raw / "params.json").unlink()
     with pytest.raises(CheckpointError, match=r"lacks params\.json"):

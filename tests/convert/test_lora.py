@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockMistral
 
+from mistral_hf.convert import folders
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.params import normalize_params, params_difference
 from tests.helpers.checkpoint_files import bits, read_json, relative_error
-from tests.helpers.raw_reference import COMMON, TOKENS, raw_tensors, reference_logits, write_raw
-
-
-def write_raw_lora(folder: Path, rank: int = 4) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    tensors = {}
-    for name, weight in raw_tensors(COMMON, torch.float32).items():
-        if weight.dim() == 2 and name.startswith("layers"):
-            base = name.removesuffix(".weight")
-            tensors[f"{base}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
-            tensors[f"{base}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
-    folder.mkdir()
-    save_file(tensors, folder / "lora.safetensors")
-    (folder / "params.json").write_text(json.dumps({**COMMON, "lora": {"rank": rank, "scaling": 0.5}}))
-    return tensors
+from tests.helpers.raw_reference import COMMON, TOKENS, raw_tensors, reference_logits, write_raw, write_raw_lora
 
 
 def test_adapters_add_the_same_in_both_forms(tmp_path: Path) -> None:
@@ -92,3 +80,65 @@ def test_raw_adapters_without_a_strength_are_refused(lora: dict[str, Any] | None
     (tmp_path / "lora/params.json").write_text(json.dumps({**COMMON, "lora": lora}))
     with pytest.raises(ValueError, match=message):
         convert_raw_to_hf(tmp_path / "lora", tmp_path / "peft")
+
+
+def converted_adapter(tmp_path: Path) -> tuple[Path, Path]:
+    """A raw adapter, and the same as a PEFT one that lies beside the configuration of its base model."""
+    convert_raw_to_hf(write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON)), tmp_path / "hf")
+    write_raw_lora(tmp_path / "lora")
+    convert_raw_to_hf(tmp_path / "lora", tmp_path / "peft")
+    shutil.copyfile(tmp_path / "hf/config.json", tmp_path / "peft/config.json")
+    return tmp_path / "lora", tmp_path / "peft"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_weights_of_an_adapter_are_cast_to_the_dtype_that_is_asked_for(dtype: str, tmp_path: Path) -> None:
+    raw, hf = converted_adapter(tmp_path)
+    convert_raw_to_hf(raw, tmp_path / "there", dtype=dtype)
+    convert_hf_to_raw(hf, tmp_path / "back", dtype=dtype)
+    expected = {name: t.to(getattr(torch, dtype)) for name, t in load_file(raw / "lora.safetensors").items()}
+    assert bits(load_file(tmp_path / "back/lora.safetensors")) == bits(expected)
+    assert {t.dtype for t in load_file(tmp_path / "there/adapter_model.safetensors").values()} == {
+        getattr(torch, dtype)
+    }
+
+
+def test_an_unknown_dtype_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    raw, hf = converted_adapter(tmp_path)
+    with pytest.raises(ValueError, match="the dtypes are float32"):
+        convert_raw_to_hf(raw, tmp_path / "out", dtype="nonsense")
+    with pytest.raises(ValueError, match="the dtypes are float32"):
+        convert_hf_to_raw(hf, tmp_path / "out", dtype="nonsense")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"max_shard_size": "5GB"}, {"max_position_embeddings": 64}, {"rope_theta": 1e6}, {"tokenizer_version": "v3"}],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_of_whole_models_are_refused_for_an_adapter(option: dict[str, Any], tmp_path: Path) -> None:
+    raw, hf = converted_adapter(tmp_path)
+    with pytest.raises(ValueError, match=rf"lora.* is an adapter, .*{next(iter(option))}"):
+        convert_raw_to_hf(raw, tmp_path / "out", **option)
+    if "max_shard_size" in option:
+        with pytest.raises(ValueError, match=r"peft.* is an adapter, .*max_shard_size"):
+            convert_hf_to_raw(hf, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_are_cut_into_shards_of_five_gigabytes_by_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def record(*args: Any, max_shard_size: int | str | None, **kwargs: Any) -> dict[str, str]:
+        sizes.append(max_shard_size)
+        return {}
+
+    monkeypatch.setattr(folders, "write_checkpoint", record)
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    write_raw_lora(tmp_path / "lora")
+    convert_raw_to_hf(tmp_path / "lora", tmp_path / "peft")
+    assert sizes == ["5GB", None]

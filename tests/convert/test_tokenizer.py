@@ -265,6 +265,6 @@ def test_a_folder_keeps_its_tokenizer_there_and_back(version: str, folder: Path,
 def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
     shutil.copyfile(REAL["v3"], raw / "tokenizer.model.v3")
-    with pytest.raises(ValueError, match="has 32768 tokens, the model 80"):
+    with pytest.raises(ValueError, match="has 32768 tokens, but the model has 80"):
         convert_raw_to_hf(raw, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]

@@ -82,6 +82,21 @@ def write_raw(
     return folder
 
 
+def write_raw_lora(folder: Path, rank: int = 4) -> dict[str, torch.Tensor]:
+    """Write a raw LoRA folder for the model `COMMON`, with scale 0.5, and return its tensors."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, weight in raw_tensors(COMMON, torch.float32).items():
+        if weight.dim() == 2 and name.startswith("layers"):
+            base = name.removesuffix(".weight")
+            tensors[f"{base}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
+            tensors[f"{base}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "lora.safetensors")
+    (folder / "params.json").write_text(json.dumps({**COMMON, "lora": {"rank": rank, "scaling": 0.5}}))
+    return tensors
+
+
 def parallel_part(tensors: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """One rank's part: rows of q, k, v, w1, w3 and the head, columns of o, w2 and the embeddings, all of a norm."""
     columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
