@@ -15,6 +15,7 @@ import pytest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from transformers import AutoTokenizer
 
+from mistral_hf.chat.template import get_chat_template
 from mistral_hf.checkpoints.writer import file_sha256
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.sentencepiece import read_sentencepiece
@@ -169,6 +170,19 @@ def test_a_file_name_gives_the_version(tmp_path: Path) -> None:
     info = convert_tokenizer(DATA / "mistral_instruct_tokenizer_241114.model.v7m1", tmp_path)
     assert (info.version, info.vocab_size, info.pad_token_id) == ("v7", 32768, 0)
     assert convert_tokenizer(REAL["v3"], tmp_path, version="v7").version == "v7"
+
+
+@pytest.mark.parametrize("version", ["v3", "v3-tekken"])
+def test_a_tekken_file_takes_its_version_with_or_without_the_suffix(version: str, tmp_path: Path) -> None:
+    assert convert_tokenizer(REAL["v3-tekken"], tmp_path, version=version).version == "v3-tekken"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["mistral_version"], config["chat_template"]) == ("v3-tekken", get_chat_template("v3-tekken"))
+
+
+def test_a_sentencepiece_file_refuses_a_version_of_tekken(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SentencePiece file, .*'v3-tekken'.* 'v3'"):
+        convert_tokenizer(REAL["v3"], tmp_path, version="v3-tekken")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tekken_file_gives_its_version(folder: Path, tmp_path: Path) -> None:

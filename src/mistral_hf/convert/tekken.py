@@ -34,7 +34,7 @@ def tekken_tokenizer(content: dict[str, Any], path: Path, version: str | None) -
     """Build the tokenizer, and give its special tokens, which are still to be added, and its version."""
     config = content["config"]
     special_count = config["default_num_special_tokens"]
-    version = version or f"{config.get('version')}"
+    version = (version or f"{config.get('version')}").removesuffix("-tekken")
     if content.get("special_tokens") is None and version not in ("v3", "v7"):
         raise ValueError(f"{path} is of version {version} and lists no special tokens: get the model's current file")
     special = [token["token_str"] for token in content.get("special_tokens") or []] or list(_SPECIAL_TOKENS)

@@ -66,6 +66,11 @@ def convert_tokenizer(
     if source.suffix == ".json":
         tokenizer, special, version = tekken_tokenizer(read_tekken(source), source, version)
     else:
+        if version is not None and version.endswith("-tekken"):
+            raise ValueError(
+                f"{source} is a SentencePiece file, so its version cannot be {version!r}: give"
+                f" {version.removesuffix('-tekken')!r}."
+            )
         model = read_sentencepiece(source)
         tokenizer, special = sentencepiece_tokenizer(model)
         version = version or sentencepiece_version(source, model)
