@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -60,14 +61,24 @@ class TensorInfo(NamedTuple):
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of this name; bfloat16 and the 8-bit floats come from `ml_dtypes`."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
+    """The NumPy dtype of a name; bfloat16 and the 8-bit floats come from ``ml_dtypes``.
 
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return dtype
+    Raises:
+        ImportError: The dtype needs ``ml_dtypes``, which is not installed.
+        CheckpointError: There is no such dtype.
+    """
+    with suppress(TypeError):
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Tensors in {name} need ml_dtypes, which is not installed: pip install 'mistral_hf[convert]' brings it."
+        ) from error
+    if not hasattr(ml_dtypes, name):
+        raise CheckpointError(f"The dtype {name!r} is not supported: save the checkpoint in another one.")
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 def same_bits(a: Array, b: Array) -> bool:

@@ -28,6 +28,6 @@ def exit_on_error() -> Iterator[None]:
     """Turn an error that explains itself into one line and exit code 1."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -263,9 +263,7 @@ def _check_folders(input_dir: str | Path, output_dir: str | Path) -> Path:
 def _check_adapter_options(source: Path, **options: Any) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(
-            f"{source} is an adapter, so it takes no {', '.join(given)}: leave out the options of whole models."
-        )
+        raise ValueError(f"{source} is an adapter, so it takes no {', '.join(given)}: leave out what only models have.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
