@@ -285,8 +285,6 @@ def _load(
         typer.echo(f"Note: {name} is no Mistral; the library's own {type(model).__name__} runs it.", err=True)
     if device_map is None and not load_in_4bit and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
-    if isinstance(model, MistralForCausalLM) and device_map is None and getattr(model, "hf_quantizer", None) is None:
-        model.fuse_projections()
     return model.eval(), tokenizer
 
 
