@@ -2,5 +2,5 @@
 
 from pathlib import Path
 
-# A folder in the Hugging Face format: what any from_pretrained takes, with a model card and a held-out text beside it.
+# A folder in the Hugging Face format, for any from_pretrained, with a model card and a held-out text.
 BUNDLED_CHECKPOINT = Path(__file__).parent / "data" / "tiny-mistral"

@@ -39,7 +39,7 @@ def test_shards_follow_the_size_limit_and_the_index(tmp_path: Path) -> None:
     for name in names:
         with safe_open(tmp_path / name, "np") as shard:
             assert shard.metadata() == {"format": "pt"}
-            sizes = [arrays[key].nbytes for key in shard.keys()]  # noqa: SIM118 - a safe_open handle is no mapping
+            sizes = [arrays[key].nbytes for key in shard.keys()]  # noqa: SIM118 - a safe_open handle is not a mapping
             assert sum(sizes) <= 1000 or len(sizes) == 1
     with open_checkpoint(tmp_path) as checkpoint:
         assert all(same_bits(checkpoint.read(name), array) for name, array in arrays.items())
@@ -87,7 +87,7 @@ def test_sizes_are_read_in_decimal_and_binary_units(text: str | int | None, size
 
 @pytest.mark.parametrize("text", ["5 apples", "", "-1", "0GB", "1.5GB"])
 def test_sizes_that_cannot_be_read_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="cannot read the size"):
+    with pytest.raises(ValueError, match="Cannot read the size"):
         parse_size(text)
 
 
@@ -163,7 +163,7 @@ def test_a_full_disk_is_noticed_first(tmp_path: Path) -> None:
 def test_two_runs_do_not_write_one_output(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("first")
-        with pytest.raises(BlockingIOError, match="another run"), atomic_folder(tmp_path / "out"):
+        with pytest.raises(BlockingIOError, match="Another run"), atomic_folder(tmp_path / "out"):
             pytest.fail("must not begin")
     assert (tmp_path / "out/x").read_text() == "first"
 

@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from click.testing import Result
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from typer.testing import CliRunner
 
 from mistral_hf.cli import app as mistral_hf_app
+from mistral_hf.convert import console
 from mistral_hf.convert.folders import convert_raw_to_hf
 from tests.helpers.checkpoint_files import bits, load_folder, read_json
 from tests.helpers.processes import run_python
@@ -51,6 +54,23 @@ def test_the_commands_convert_there_and_back_and_verify(tmp_path: Path) -> None:
     assert (same.exit_code, same.stdout.count("same: ")) == (0, 3), same.output
     (raw / "params.json").write_text(json.dumps({**COMMON, "norm_eps": 1e-3}))
     assert command("verify_conversion", raw, tmp_path / "hf", "--no_logits").exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["verify_conversion", "convert_mistral_weights_to_hf"])
+def test_the_commands_draw_a_progress_bar_in_a_terminal(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Visible(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "disable": False})
+
+    monkeypatch.setattr(console, "tqdm", Visible)
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    arguments = [raw, raw] if name == "verify_conversion" else ["--input_dir", raw, "--output_dir", tmp_path / "hf"]
+    result = command(name, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "100%" in result.stderr
+    assert "B/s" in result.stderr
 
 
 def test_a_command_runs_as_a_program() -> None:

@@ -38,6 +38,17 @@ def converted(tmp_path: Path) -> tuple[Path, Path]:
     return raw, tmp_path / "hf"
 
 
+def test_progress_counts_the_bytes_of_the_tensors(tmp_path: Path) -> None:
+    raw, hf = converted(tmp_path)
+    size = sum(tensor.nbytes for tensor in raw_tensors(COMMON).values())
+    for a, b in ((raw, hf), (hf, raw)):
+        calls: list[tuple[int, int]] = []
+        list(verify(a, b, logits=False, progress=lambda done, total, calls=calls: calls.append((done, total))))
+        assert calls[-1] == (size, size)
+        assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+        assert len(calls) == len(raw_tensors(COMMON))
+
+
 def test_a_wrong_permutation_is_found(tmp_path: Path) -> None:
     """k permuted with the query heads' count: shapes are right, the values are in the wrong rows."""
     raw, hf = converted(tmp_path)
@@ -88,7 +99,7 @@ def test_raw_folders_without_rope_theta_are_compared_but_for_their_logits(tmp_pa
     }
     assert "rope_theta" in checks["logits"].detail
     assert "params.json" in checks["logits"].detail
-    assert "not said on both: rope_theta" in checks["configuration"].detail
+    assert "not given by both: rope_theta" in checks["configuration"].detail
 
 
 def test_a_length_that_neither_folder_gives_is_not_needed(tmp_path: Path) -> None:

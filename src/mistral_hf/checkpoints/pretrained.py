@@ -1,4 +1,4 @@
-"""Whole checkpoint folders for the JAX and TensorFlow ports: finding, matching with a model, and saving."""
+"""Whole checkpoint folders for the JAX and TensorFlow ports: finding them, matching them with a model, saving."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ _WEIGHT_FILES = (
 
 
 def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
-    """The folder of a checkpoint; one on the hub is downloaded, or found in the hub's cache.
+    """The folder of a checkpoint; one on the hub is downloaded, or taken from the cache of the hub's library.
 
     Args:
         name_or_path: A folder, or an id on the hub.
-        **hub_options: Of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+        **hub_options: Of ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``,
+            ``local_files_only``, ...
 
     Raises:
-        FileNotFoundError: There is neither such a folder nor such a model on the hub, or it cannot be reached.
+        FileNotFoundError: There is neither such a folder nor such a model on the hub, or the hub cannot be reached.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -48,8 +49,8 @@ def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
         return Path(snapshot_download(str(name_or_path), allow_patterns=list(_HUB_FILES), **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{str(name_or_path)!r} is no folder here, and no model that the hub gives ({error}). Check the name;"
-            " a gated model needs `hf auth login`."
+            f"{str(name_or_path)!r} is neither a folder nor a model that can be downloaded ({error}). Check the name; a"
+            " gated model needs `hf auth login`."
         ) from error
 
 
@@ -58,8 +59,8 @@ class MatchedWeights:
     """The tensors of a checkpoint by the names of the model that they load into.
 
     Attributes:
-        missing: Head weights that the checkpoint lacks: to be initialised afresh.
-        unexpected: Head weights that the model has no place for.
+        missing: Head weights that the checkpoint lacks, and that need initial values.
+        unexpected: Head weights that the model does not have.
     """
 
     missing: tuple[str, ...]
@@ -75,15 +76,18 @@ class MatchedWeights:
 
 @contextmanager
 def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[MatchedWeights]:
-    """Match the safetensors files of a folder with a model, of any head or none.
+    """Match the safetensors files of a folder with a model, whichever heads the two have.
 
     Args:
         folder: A checkpoint in the Hugging Face format.
-        wanted: The model's tensors, by their Hugging Face names (with the prefix ``model.`` unless it is a bare
-            `MistralModel`); a tied output layer is left out.
+        wanted: Shapes of the model's tensors, by their Hugging Face names (with the prefix ``model.`` unless it is a
+            bare `MistralModel`); a tied output layer is left out.
+
+    Yields:
+        The tensors that model and checkpoint share; a warning names the others.
 
     Raises:
-        CheckpointError: Weights of the decoder are missing, or unknown, or have another shape.
+        CheckpointError: Weights of the decoder are missing or unknown, or a tensor has another shape.
     """
     with open_checkpoint(folder) as checkpoint:
         names, unexpected = _match(checkpoint, wanted)
@@ -93,17 +97,17 @@ def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[Ma
             if checkpoint[stored].shape != tuple(wanted[name]):
                 raise CheckpointError(
                     f"{folder}: {stored} has shape {checkpoint[stored].shape}, but the configuration says"
-                    f" {tuple(wanted[name])}: config.json and weights do not belong together."
+                    f" {tuple(wanted[name])}: config.json and the weights do not belong together."
                 )
         if missing:
-            logger.warning("%s lacks %s: newly initialised, to be trained.", folder, ", ".join(missing))
+            logger.warning("%s lacks %s: initialised at random, so train them.", folder, ", ".join(missing))
         if unexpected:
-            logger.warning("%s has %s, which this model has no place for.", folder, ", ".join(unexpected))
+            logger.warning("%s has %s, which this model does not have: left out.", folder, ", ".join(unexpected))
         yield MatchedWeights(tuple(missing), tuple(unexpected), names, checkpoint)
 
 
 def _match(found: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Wanted names with those they are stored under, and the stored names that are left over."""
+    """The wanted names, each with its name in the checkpoint, and the names in the checkpoint that are left over."""
     theirs, ours = (any(name.startswith(BASE_PREFIX) for name in names) for names in (found, wanted))
 
     def translate(name: str) -> str:
@@ -157,7 +161,7 @@ def save_folder(
 
 
 def _keep_other_files(old: Path, new: Path) -> None:
-    """Put all files and folders of a checkpoint that are not weights into the one that replaces it."""
+    """Put the files and folders of a checkpoint that are not weights into the one that replaces it."""
     for path in old.iterdir() if old.is_dir() else ():
         target = new / path.name
         is_weights = any(fnmatch(path.name.removesuffix(".index.json"), pattern) for pattern in _WEIGHT_FILES)
@@ -172,7 +176,7 @@ def _keep_other_files(old: Path, new: Path) -> None:
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Give a file a second name, which costs nothing and outlives the first; copy it where that is not possible."""
+    """Give a file a second name, which costs nothing and outlives the first; copy it where links are not possible."""
     try:
         os.link(source, target)
     except OSError:
