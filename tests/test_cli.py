@@ -126,11 +126,11 @@ def test_a_missing_package_is_named_with_its_remedy(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "./nowhere"), "there is no folder nowhere"),
-        (("--model", "a/b/c"), "there is no folder a/b/c"),
+        (("--model", "./nowhere"), "There is no folder nowhere"),
+        (("--model", "a/b/c"), "There is no folder a/b/c"),
         (("--model", str(Path(__file__).parent)), "has no config.json"),
         (("--dtype", "float8"), "'float8' is not one of"),
-        (("--greedy", "--top-p", "0.9", "--min-p", "0.1"), "--greedy: it contradicts --top-p, --min-p"),
+        (("--greedy", "--top-p", "0.9", "--min-p", "0.1"), "--greedy: It contradicts --top-p, --min-p"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--temperature", "0"), "--temperature"),
         (("--attn-implementation", "nothing"), "nothing"),
@@ -207,5 +207,5 @@ def test_the_installed_command_generates() -> None:
         [command, "generate", PROMPT, "--greedy", *SHORT], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert "kernels" not in result.stderr  # bitsandbytes misses some that nobody asked for
+    assert "kernels" not in result.stderr  # bitsandbytes warns of missing ones, which are not needed here
     assert result.stdout.strip() == reference_text(do_sample=False)

@@ -114,7 +114,7 @@ RESULT = {"role": "tool", "content": "r", "tool_call_id": "abcdefghi"}
         ("v13", [USER, CALLS, {**RESULT, "tool_call_id": ""}], "non-empty string"),
         ("v3", [USER, {**CALLS, "content": "both"}], "either content or tool_calls"),
         ("v7", [USER, {"role": "assistant", "content": ""}], "must have content or tool_calls"),
-        ("v1", [USER, CALLS], "knows no tools"),
+        ("v1", [USER, CALLS], "has no tools"),
         ("v2", [USER, CALLS, RESULT, RESULT], "only one tool result"),
         ("v3", [USER, {**ANSWER, "prefix": True}, USER], "prefix must be the last"),
         ("v3", [{"role": "user"}], "user message must have content"),

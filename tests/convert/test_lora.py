@@ -61,7 +61,7 @@ def test_adapters_survive_the_round_trip(tmp_path: Path) -> None:
         ({"use_dora": True}, "use_dora=True"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"r": 8}, "says rank 8"),
+        ({"r": 8}, "has rank 8"),
     ],
 )
 def test_adapters_that_are_not_plain_lora_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_tekken_file_gives_its_version(folder: Path, tmp_path: Path) -> None:
 def test_truncated_sentencepiece_files_are_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(REAL["v1"].read_bytes()[:keep])
-    with pytest.raises(ValueError, match="no SentencePiece model, or is truncated"):
+    with pytest.raises(ValueError, match="not a SentencePiece model, or is truncated"):
         read_sentencepiece(path)
 
 
@@ -214,7 +214,7 @@ def test_sentencepiece_models_of_other_kinds_are_refused(tmp_path: Path) -> None
 def test_damaged_tekken_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tekken.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="no tekken tokenizer"):
+    with pytest.raises(ValueError, match="not a tekken tokenizer"):
         convert_tokenizer(path, tmp_path)
 
 

@@ -225,7 +225,7 @@ class TorchFile:
 class TensorParallelFiles:
     """The files of several tensor-parallel ranks, read as one.
 
-    A tensor is cut along the axis in which the shape on a rank differs from the whole one; all ranks have the same norms.
+    A tensor is cut along the axis in which a rank's shape differs from the whole one; all ranks have the same norms.
 
     Args:
         ranks: One file for each rank, in order.

@@ -206,10 +206,8 @@ def atomic_folder(
             _check_replaceable(target, overwrite, marks)
             free = shutil.disk_usage(target.parent).free
             if free < needs_bytes:
-                raise OSError(
-                    f"{target.parent} has {free / 1e9:.1f} GB free, but {needs_bytes / 1e9:.1f} GB are needed: make room,"
-                    " or write to another disk."
-                )
+                have, need = f"{free / 1e9:.1f} GB free", f"{needs_bytes / 1e9:.1f} GB"
+                raise OSError(f"{target.parent} has {have}, but {need} are needed: make room, or use another disk.")
             yield work
             _sync(work)
             _move(work, target, old)
