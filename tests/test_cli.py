@@ -1,4 +1,4 @@
-"""The command line, in this process and once as a user starts it."""
+"""The command line, in this process, and once as a program."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "checkpoint"))
 
 
-def test_greedy_text_of_the_bundled_checkpoint() -> None:
+def test_greedy_text_matches_that_of_the_model() -> None:
     text = text_of(PROMPT, "--greedy", *SHORT)
     assert text.startswith(PROMPT)
     assert len(text) > len(PROMPT)

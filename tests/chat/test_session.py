@@ -1,4 +1,4 @@
-"""The interactive chat: only new tokens are read, replies are those of one-shot generation, and the commands."""
+"""Chat sessions: only new tokens are read, replies match one-shot generation, errors leave no trace; the command."""
 
 import os
 import signal
@@ -49,7 +49,7 @@ def one_shot(session: ChatSession, **options: Any) -> str:
     return session.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_replies_are_those_of_one_shot_generation(session: ChatSession) -> None:
+def test_replies_match_one_shot_generation(session: ChatSession) -> None:
     for text in ("Hello there", "And what [INST] is </s> that?", "Thanks"):
         answer = session.reply(text)
         assert answer == one_shot(session)
@@ -58,7 +58,7 @@ def test_replies_are_those_of_one_shot_generation(session: ChatSession) -> None:
 
 
 def test_only_the_new_turn_is_read(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the reply encodes to the ids that were generated, the next turn reads what came after them."""
+    """If the reply encodes to the ids that were generated, the next turn reads only the tokens after them."""
     session.reply("Hello there")
     history = [*session.cached]
     tail = [5, 6, 7, 8]
@@ -76,7 +76,7 @@ def test_a_history_that_changed_is_read_again(session: ChatSession, monkeypatch:
 
 
 class Faulty(TextStreamer):
-    """Raises in the call of `put` with this number, counted from 1, or in `end` for 0."""
+    """Raises in the call of ``put`` with this number, counted from 1, or in ``end`` for 0."""
 
     def __init__(self, tokenizer: Any, number: int, error: type[BaseException]) -> None:
         super().__init__(tokenizer)
@@ -98,7 +98,7 @@ class Faulty(TextStreamer):
 def test_the_reply_after_one_that_raised_is_right(
     session: ChatSession, history: list[str], number: int, error: type[BaseException]
 ) -> None:
-    """At the prompt, at tokens on both sides of the window of 16, at the end; the failed message leaves no trace."""
+    """The error comes at the prompt, at tokens within and past the window of 16, or at the end."""
     for text in history:
         session.reply(text)
     said = [*session.messages]
@@ -111,7 +111,7 @@ def test_the_reply_after_one_that_raised_is_right(
 
 
 def test_the_reply_after_a_failed_forward_pass_is_right(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers' caches end at different tokens when the second layer raises."""
+    """When the second layer raises, the caches of the layers end at different tokens."""
     session.reply("Hello there")
     layer = session.model.model.layers[1]
     with monkeypatch.context() as patch:
@@ -128,7 +128,7 @@ def test_a_session_works_in_any_thread(session: ChatSession) -> None:
 
 
 def test_stopping_criteria_end_a_reply(session: ChatSession) -> None:
-    """What was said until then stays in the conversation, and the next reply is right."""
+    """The text until then stays in the conversation, and the next reply is right."""
     session.options["stopping_criteria"] = [lambda ids, scores, **kwargs: torch.full((len(ids),), ids.shape[1] > 12)]
     answer = session.reply("Hello there")
     assert session.messages[-1] == {"role": "assistant", "content": answer}
@@ -150,7 +150,7 @@ def fixed_prompt(session: ChatSession, monkeypatch: pytest.MonkeyPatch, ids: lis
 def test_a_reply_that_raised_past_the_window_is_read_again(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """The prompt continues what the cache holds, so nothing but the failure calls for reading it again."""
+    """The prompt continues the tokens in the cache, so only the failure makes it necessary to read it again."""
     session.reply("Hello there, what is it that you see from where you are now?")
     expected = fixed_prompt(session, monkeypatch, [*session.cached, *range(5, 11)])
     with pytest.raises(RuntimeError):
@@ -160,7 +160,7 @@ def test_a_reply_that_raised_past_the_window_is_read_again(
     assert session.reply("more") == expected
 
 
-def test_replies_of_a_beam_search_are_those_of_one_shot_generation(
+def test_replies_of_a_beam_search_match_one_shot_generation(
     session: ChatSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The cache of a beam search holds the texts that were continued last, not the reply, so it is not used again."""
@@ -175,7 +175,7 @@ def test_replies_of_a_beam_search_are_those_of_one_shot_generation(
     assert session.reply("more") == expected
 
 
-def test_ctrl_c_in_the_terminal_ends_a_reply_and_keeps_what_was_said(
+def test_ctrl_c_in_the_terminal_ends_a_reply_and_keeps_the_conversation(
     instruct: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Impatient(TextStreamer):
@@ -212,7 +212,7 @@ def test_ctrl_c_in_the_terminal_ends_a_reply_and_keeps_what_was_said(
     assert prompt + 2 <= lengths[0] <= prompt + 4
 
 
-def test_without_a_template_it_says_what_to_do(instruct: Path) -> None:
+def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(instruct: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="get_chat_template"):

@@ -25,7 +25,7 @@ every_version = pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(data=st.data())
 def test_the_template_encodes_what_mistral_common_does(version: str, folder: Path, data: st.DataObject) -> None:
-    """Any conversation, without control tokens in its text: the same ids, or a refusal on both sides."""
+    """Any conversation without control tokens in its text gives the same ids, or is refused by both."""
     messages = data.draw(conversations(PLAIN, thoughts=version == "v13"))
     tools = data.draw(tool_definitions(PLAIN))
     to_answer = data.draw(st.booleans())
@@ -42,7 +42,7 @@ def test_the_template_encodes_what_mistral_common_does(version: str, folder: Pat
 
 @every_version
 def test_the_mask_covers_what_the_assistant_said(version: str, folder: Path) -> None:
-    """The masked ids are those that mistral-common encodes for the assistant's messages alone, the end included."""
+    """The masked ids are those that mistral-common encodes for the assistant's messages alone, with their end."""
     tokenizer = converted(version, folder)
     answers = ["Hello!", "\n  two  words", "été 👩‍👧 end  "]
     messages = [{"role": "system", "content": "Be brief."}]
@@ -132,7 +132,7 @@ def test_refusals_name_what_is_wrong(version: str, messages: list[dict[str, Any]
 def test_a_result_is_written_once_where_merged_calls_repeat_an_id(
     version: str, called: tuple[str, str], folder: Path
 ) -> None:
-    """Neighbouring messages of the assistant become one turn; among its calls, the last of an id counts."""
+    """Adjacent messages of the assistant become one turn, in which the last call of an id counts."""
     ids = {name: f"call{name}{name}{name}{name}{name}" for name in "abc"}
     first, second = (
         {"role": "assistant", "tool_calls": [{"id": ids[n], "function": {"name": n, "arguments": {}}} for n in names]}

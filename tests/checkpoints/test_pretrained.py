@@ -33,7 +33,7 @@ def converted(tmp_path: Path) -> Path:
 
 
 def save_over(folder: Path, max_shard_size: int | str = "50GB") -> None:
-    """Save a model as the ports do: all its weights, the norm's plus one."""
+    """Save all weights over a checkpoint, as the ports do, with one added to those of the norm."""
     with open_checkpoint(folder) as checkpoint:
         arrays = {name: checkpoint.read(name) for name in checkpoint}
     arrays["model.norm.weight"] = arrays["model.norm.weight"] + 1
@@ -85,12 +85,12 @@ def test_stale_weights_of_any_format_are_not_kept(converted: Path) -> None:
     for name in (*STALE, *KEPT):
         (converted / name).write_text("old")
     for name in ("original/model.safetensors", "original/pytorch_model.bin"):
-        (converted / name).write_text("not this model's")
+        (converted / name).write_text("of another model")
     (converted / "model.safetensors.index.json").unlink()
     save_over(converted)
     assert [name for name in STALE if (converted / name).exists()] == []
     assert [name for name in KEPT if not (converted / name).exists()] == []
-    assert (converted / "original/pytorch_model.bin").read_text() == "not this model's"
+    assert (converted / "original/pytorch_model.bin").read_text() == "of another model"
     assert check_manifest(converted) > len(KEPT)
 
 
@@ -102,7 +102,7 @@ def test_a_folder_without_a_manifest_gets_none(converted: Path) -> None:
 
 
 def test_kept_files_are_linked_and_not_read(converted: Path) -> None:
-    """They cost neither memory nor disk, and keep their times and permissions."""
+    """They take neither memory nor disk space, and keep their times and permissions."""
     large = converted / "original/other.bin"
     large.touch(mode=0o640)
     os.truncate(large, 1 << 40)  # a sparse file, larger than any memory

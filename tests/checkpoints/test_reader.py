@@ -75,7 +75,7 @@ def test_same_bits_is_stricter_than_equality() -> None:
 
 
 def test_a_missing_ml_dtypes_is_named_with_its_remedy(tmp_path: Path) -> None:
-    """For bfloat16 and the 8-bit floats alone; other checkpoints do without it."""
+    """Only bfloat16 and the 8-bit floats need it."""
     write_raw(tmp_path / "half", COMMON, TENSORS)
     save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
     code = f"""

@@ -62,7 +62,7 @@ def test_a_tensor_other_than_announced_is_refused(tmp_path: Path) -> None:
 
 
 def test_streamed_tensors_larger_than_a_piece_survive(tmp_path: Path) -> None:
-    """Pieces are read ahead into two buffers that take turns: none may be overwritten before it is on disk."""
+    """Pieces are read into two buffers in turn; none may be overwritten before it is written and hashed."""
     (tmp_path / "copy").mkdir()
     values = np.arange(15_000_000, dtype=np.uint32)
     write_checkpoint(tmp_path, lazy_tensors({"a": values, "b": values[::-1].copy()}))
@@ -239,7 +239,7 @@ def test_checksums_made_while_writing_are_those_of_the_files(tmp_path: Path) -> 
 
 
 def copy_and_measure(source: Path, target: Path) -> None:
-    """Copy a checkpoint and write down by how much the process's peak of resident memory grew."""
+    """Copy a checkpoint and record how much the process's peak of resident memory grew."""
     with open_checkpoint(source) as checkpoint:
         Path("/proc/self/clear_refs").write_text("5")
         before = peak_memory()

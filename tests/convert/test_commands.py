@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def command(name: str, *args: str | Path) -> Result:
-    """Run a script of `conversion/` as its own command line would."""
+    """Run a script of ``conversion/`` as the command line would."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "conversion" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -80,14 +80,14 @@ def test_a_command_runs_as_a_program() -> None:
 
 
 def test_the_commands_only_print() -> None:
-    """Rules live in the package: the commands import nothing but it and their argument parser."""
+    """The rules are in the package: the commands import only it and their argument parser."""
     for path in (ROOT / "conversion").glob("*.py"):
         lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
         assert {line.split()[1].split(".")[0] for line in lines} <= {"pathlib", "typing", "typer", "mistral_hf"}
 
 
 def test_the_package_command_converts_like_the_script(tmp_path: Path) -> None:
-    """`mistral-hf convert` is the script under another name."""
+    """``mistral-hf convert`` is the script under another name."""
     params = GENERATIONS[next(iter(GENERATIONS))]
     raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
     result = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf"), "--dtype", "float32"])
@@ -100,7 +100,7 @@ def test_the_package_command_converts_like_the_script(tmp_path: Path) -> None:
     assert "overwrite" in again.stderr
 
 
-def test_a_comparison_that_cannot_be_made_is_no_failure(tmp_path: Path) -> None:
+def test_a_comparison_that_cannot_be_made_does_not_fail(tmp_path: Path) -> None:
     params = {name: value for name, value in COMMON.items() if name != "rope_theta"}
     for name in "ab":
         write_raw(tmp_path / name, params, raw_tensors(COMMON))

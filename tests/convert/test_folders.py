@@ -57,7 +57,7 @@ def test_this_package_reads_the_result(tmp_path: Path) -> None:
 
 
 def test_stock_models_convert_to_raw(tmp_path: Path) -> None:
-    """A folder that the library itself saved, in its own newest spelling."""
+    """A folder that the library saved, in its newest spelling."""
     params = GENERATIONS["Nemo"]
     convert_raw_to_hf(write_raw(tmp_path / "raw", params, raw_tensors(params)), tmp_path / "hf")
     StockMistral.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "saved", max_shard_size="20KB")
@@ -66,7 +66,7 @@ def test_stock_models_convert_to_raw(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_are_cast_to_the_dtype_that_is_asked_for(dtype: str, tmp_path: Path) -> None:
+def test_weights_are_cast_to_the_given_dtype(dtype: str, tmp_path: Path) -> None:
     tensors = raw_tensors(COMMON, torch.float32)
     convert_raw_to_hf(write_raw(tmp_path / "raw", COMMON, tensors), tmp_path / "hf", dtype=dtype)
     converted = load_file(tmp_path / "hf/model.safetensors")
@@ -136,7 +136,7 @@ def test_inputs_are_refused_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_params_that_contradict_the_weights_are_refused(tmp_path: Path) -> None:
-    """k permuted with the wrong head count would be silent; the shapes give it away."""
+    """Permuting k with the wrong head count raises no error, but the shapes show it."""
     raw = write_raw(tmp_path / "raw", {**COMMON, "n_kv_heads": 4}, raw_tensors(COMMON))
     with pytest.raises(ValueError, match=r"wk\.weight has shape"):
         convert_raw_to_hf(raw, tmp_path / "hf")
@@ -170,7 +170,7 @@ def test_a_killed_conversion_leaves_nothing_finished_and_the_next_run_is_clean(t
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """A file size limit stands in for a disk that fills up while the weights are written."""
+    """A limit on the file size acts like a disk that fills up while the weights are written."""
     raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
 
     def convert_on_a_full_disk() -> None:
@@ -199,7 +199,7 @@ FULL_SIZE = """
 
 @pytest.mark.slow
 def test_a_full_size_checkpoint_streams(tmp_path: Path) -> None:
-    """14.5 GB of random 7B weights: memory stays far below, speed is at least 0.7 of copying the same bytes."""
+    """14.5 GB of random 7B weights: little memory, and at least 0.7 of the speed of copying the same bytes."""
     sizes = dict(zip(("dim", "n_layers", "n_heads", "n_kv_heads"), (4096, 32, 32, 8), strict=True))
     params = {**sizes, "head_dim": 128, "hidden_dim": 14336, "vocab_size": 32768, "norm_eps": 1e-5, "rope_theta": 1e6}
     params["max_seq_len"] = 32768
@@ -222,7 +222,7 @@ def test_a_full_size_checkpoint_streams(tmp_path: Path) -> None:
 
 
 def write_random(folder: Path, params: dict[str, Any]) -> None:
-    """Random weights, written with the package's own streaming writer."""
+    """Random weights, written as a stream by the package itself."""
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(params))
     random = np.random.default_rng(0)

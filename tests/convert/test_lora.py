@@ -21,7 +21,7 @@ from tests.helpers.raw_reference import COMMON, TOKENS, raw_tensors, reference_l
 
 
 def test_adapters_add_the_same_in_both_forms(tmp_path: Path) -> None:
-    """PEFT on the converted base computes what the raw base with `scaling * B A` merged in does."""
+    """PEFT on the converted base computes the same as the raw base with ``scaling * B A`` merged into it."""
     base = raw_tensors(COMMON, torch.float32, scale=0.1)
     convert_raw_to_hf(write_raw(tmp_path / "raw", COMMON, base), tmp_path / "hf")
     lora = write_raw_lora(tmp_path / "lora")
@@ -75,7 +75,9 @@ def test_adapters_that_are_not_plain_lora_are_refused(change: dict[str, Any], me
 
 
 @pytest.mark.parametrize(("lora", "message"), [(None, "no 'lora' block"), ({"rank": 9, "scaling": 1}, "lora rank 9")])
-def test_raw_adapters_without_a_strength_are_refused(lora: dict[str, Any] | None, message: str, tmp_path: Path) -> None:
+def test_raw_adapters_with_a_missing_or_wrong_lora_block_are_refused(
+    lora: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
     write_raw_lora(tmp_path / "lora")
     (tmp_path / "lora/params.json").write_text(json.dumps({**COMMON, "lora": lora}))
     with pytest.raises(ValueError, match=message):
@@ -83,7 +85,7 @@ def test_raw_adapters_without_a_strength_are_refused(lora: dict[str, Any] | None
 
 
 def converted_adapter(tmp_path: Path) -> tuple[Path, Path]:
-    """A raw adapter, and the same as a PEFT one that lies beside the configuration of its base model."""
+    """A raw adapter, and the PEFT adapter made of it, beside the configuration of the base model."""
     convert_raw_to_hf(write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON)), tmp_path / "hf")
     write_raw_lora(tmp_path / "lora")
     convert_raw_to_hf(tmp_path / "lora", tmp_path / "peft")
@@ -92,7 +94,7 @@ def converted_adapter(tmp_path: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_the_weights_of_an_adapter_are_cast_to_the_dtype_that_is_asked_for(dtype: str, tmp_path: Path) -> None:
+def test_the_weights_of_an_adapter_are_cast_to_the_given_dtype(dtype: str, tmp_path: Path) -> None:
     raw, hf = converted_adapter(tmp_path)
     convert_raw_to_hf(raw, tmp_path / "there", dtype=dtype)
     convert_hf_to_raw(hf, tmp_path / "back", dtype=dtype)
@@ -119,10 +121,10 @@ def test_an_unknown_dtype_of_an_adapter_is_refused(tmp_path: Path) -> None:
 )
 def test_options_of_whole_models_are_refused_for_an_adapter(option: dict[str, Any], tmp_path: Path) -> None:
     raw, hf = converted_adapter(tmp_path)
-    with pytest.raises(ValueError, match=rf"lora.* is an adapter, .*{next(iter(option))}"):
+    with pytest.raises(ValueError, match=rf"lora.* is an adapter: leave out {next(iter(option))}"):
         convert_raw_to_hf(raw, tmp_path / "out", **option)
     if "max_shard_size" in option:
-        with pytest.raises(ValueError, match=r"peft.* is an adapter, .*max_shard_size"):
+        with pytest.raises(ValueError, match=r"peft.* is an adapter: leave out max_shard_size"):
             convert_hf_to_raw(hf, tmp_path / "out", **option)
     assert not (tmp_path / "out").exists()
 

@@ -49,7 +49,7 @@ def test_the_library_reads_our_config_and_we_read_that_of_the_library(generation
     assert params_difference(config_to_params(saved), params) == {}
 
 
-def test_what_params_leave_out_means_null_and_equal_heads() -> None:
+def test_absent_fields_mean_a_null_window_and_equal_heads() -> None:
     bare = {key: value for key, value in COMMON.items() if key not in ("n_kv_heads", "head_dim", "max_seq_len")}
     params = normalize_params(bare)
     assert (params["n_kv_heads"], params["head_dim"], params["sliding_window"]) == (4, 16, None)
@@ -76,7 +76,7 @@ def test_known_models_fill_the_gaps_and_say_so() -> None:
 
 
 def test_an_ambiguous_model_needs_rope_theta() -> None:
-    """Two 24B models differ only in rope_theta; without it neither is assumed."""
+    """Two 24B models differ only in ``rope_theta``; without it, neither is assumed."""
     params = dict(zip(SIZE_FIELDS, KNOWN_MODELS[5].shape, strict=True)) | {"norm_eps": 1e-5}
     with pytest.raises(ValueError, match="give --rope_theta"):
         complete(params)
@@ -107,7 +107,7 @@ def test_an_unknown_model_needs_its_missing_values() -> None:
         ({"dim": "64"}, "dim must be a positive whole number"),
         ({"norm_eps": -1}, "norm_eps must be a positive number"),
         ({"sliding_window": 0}, "sliding_window=0"),
-        ({"sliding_window": [4, 8, 4]}, "not a size nor a pattern for 2 layers"),
+        ({"sliding_window": [4, 8, 4]}, "nor a pattern that fits 2 layers"),
         ({"yarn": {"factor": 2}}, "yarn"),
         ({"yarn": {**YARN, "beta_fast": 1}}, "unknown fields"),
         ({"llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1}}, "needs yarn"),
@@ -146,7 +146,7 @@ def test_a_config_without_sizes_is_refused() -> None:
 
 
 def test_no_framework_is_imported_by_the_tables() -> None:
-    """tensors.py and params.py stand on the standard library alone."""
+    """``tensors.py`` and ``params.py`` import only the standard library."""
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); assert not {'numpy', 'torch', 'jax'} & sys.modules.keys()"
     for module in ("tensors", "params"):
         path = sys.modules[f"mistral_hf.convert.{module}"].__file__

@@ -19,7 +19,7 @@ from tests.helpers.raw_reference import GENERATIONS, TOKENS, raw_tensors, refere
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_library_computes_what_the_raw_model_does(generation: str, tmp_path: Path) -> None:
-    """The converted model, in stock Transformers, against the raw model in float64."""
+    """The converted model in stock Transformers agrees with the raw model in float64."""
     params, tensors = GENERATIONS[generation], raw_tensors(GENERATIONS[generation], torch.float32)
     raw = write_raw(tmp_path / "raw", params, tensors)
     convert_raw_to_hf(raw, tmp_path / "hf")

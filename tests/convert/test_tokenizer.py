@@ -82,13 +82,13 @@ every_real_one = pytest.mark.parametrize("version", REAL)
 
 @every_real_one
 def test_ids_and_text_match_mistral_common_on_a_fuzzed_corpus(version: str, folder: Path, texts: list[str]) -> None:
-    """Over 10,000 strings: mistral-common's ids, and the text again from the ids."""
+    """Over 10,000 strings give the ids of mistral-common, and the ids give the text again."""
     tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for text, got in zip(texts, ids, strict=True):
         assert got == expected.encode(text, bos=False, eos=False), repr(text)
     for text, decoded in zip(texts, tokenizer.batch_decode(ids), strict=True):
-        # SentencePiece itself writes a space as ▁, so the two cannot be told apart afterwards.
+        # SentencePiece writes a space as ▁, so the two cannot be distinguished afterwards.
         assert decoded == (text.replace("▁", " ") if version in NOT_TEKKEN else text)
 
 
@@ -139,7 +139,7 @@ def test_saving_and_loading_changes_nothing(version: str, folder: Path, tmp_path
 
 
 def test_the_mistral_libraries_are_not_needed_to_load(folder: Path) -> None:
-    """Loaded and used where sentencepiece, mistral-common, tiktoken and protobuf cannot be imported."""
+    """Tokenizers are loaded and used where sentencepiece, mistral-common, tiktoken and protobuf cannot be imported."""
     code = """
         import sys
         for name in ("sentencepiece", "mistral_common", "tiktoken", "google.protobuf"):
@@ -203,7 +203,7 @@ def test_truncated_sentencepiece_files_are_refused(keep: int, tmp_path: Path) ->
 
 
 def test_sentencepiece_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    """Without its trainer's settings (field 2 of the file) a model counts as a unigram one."""
+    """Without the trainer's settings (field 2 of the file) a model counts as a unigram model."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"\x0a\x05\x0a\x03abc" + b"\x12\x00" + b"\x1a\x00")
     with pytest.raises(ValueError, match="not BPE with byte fallback"):

@@ -50,7 +50,7 @@ def test_progress_counts_the_bytes_of_the_tensors(tmp_path: Path) -> None:
 
 
 def test_a_wrong_permutation_is_found(tmp_path: Path) -> None:
-    """k permuted with the query heads' count: shapes are right, the values are in the wrong rows."""
+    """k permuted with the number of query heads has the right shape, but its values are in the wrong rows."""
     raw, hf = converted(tmp_path)
     tensors = load_file(hf / "model.safetensors")
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -88,7 +88,7 @@ def write_without(folder: Path, params: dict[str, Any], *fields: str) -> Path:
     return folder
 
 
-def test_raw_folders_without_rope_theta_are_compared_but_for_their_logits(tmp_path: Path) -> None:
+def test_raw_folders_without_rope_theta_are_compared_except_for_their_logits(tmp_path: Path) -> None:
     a, b = (write_without(tmp_path / name, COMMON, "rope_theta") for name in "ab")
     checks = {check.name: check for check in verify(a, b)}
     assert {name: check.ok for name, check in checks.items()} == {
@@ -107,7 +107,7 @@ def test_a_length_that_neither_folder_gives_is_not_needed(tmp_path: Path) -> Non
     assert outcomes(a, b) == {"configuration": True, "tensors": True, "tokenizer": None, "logits": True}
 
 
-def test_layers_with_different_windows_are_compared_but_for_their_logits(tmp_path: Path) -> None:
+def test_layers_with_different_windows_are_compared_except_for_their_logits(tmp_path: Path) -> None:
     params = {**GENERATIONS["Ministral 8B"], "max_seq_len": 64}
     a, b = (write_without(tmp_path / name, params, *left_out) for name, left_out in (("a", ()), ("b", ["max_seq_len"])))
     checks = {check.name: check for check in verify(a, b)}

@@ -1,4 +1,4 @@
-"""Conversations for property tests, and mistral-common's verdict on them."""
+"""Conversations for property tests, and the ids of mistral-common."""
 
 from __future__ import annotations
 

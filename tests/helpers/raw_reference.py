@@ -1,4 +1,4 @@
-"""Synthetic raw checkpoints of every generation's layout, an independent forward pass, and a child process to kill."""
+"""Synthetic raw checkpoints of every generation, an independent forward pass, and child processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 96, "vocab_size": 80}
 COMMON = {**SIZES, "norm_eps": 1e-5, "rope_theta": 1e6, "max_seq_len": 256}
-TOKENS = [1, 7, 33, 2, 60, 5, 5, 71, 12, 40, 3, 9, 77, 21, 50, 4]  # a text of these models
+TOKENS = [1, 7, 33, 2, 60, 5, 5, 71, 12, 40, 3, 9, 77, 21, 50, 4]  # ids within the vocabulary of each
 YARN = {"original_max_position_embeddings": 16, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1}
 
 GENERATIONS: dict[str, dict[str, Any]] = {
@@ -60,7 +60,7 @@ def raw_tensors(
 def write_raw(
     folder: Path, params: dict[str, Any], tensors: dict[str, torch.Tensor], layout: str = "safetensors"
 ) -> Path:
-    """Write a raw folder: layout `safetensors`, `pth`, `pth-2` (two tensor-parallel ranks) or `sharded`."""
+    """Write a raw folder: ``safetensors``, ``pth``, ``pth-2`` (two tensor-parallel ranks) or ``sharded``."""
     folder.mkdir(parents=True)
     (folder / "params.json").write_text(json.dumps(params))
     if layout == "safetensors":
@@ -107,7 +107,7 @@ def parallel_part(tensors: dict[str, torch.Tensor], rank: int, ranks: int) -> di
 
 
 def reference_logits(tensors: dict[str, torch.Tensor], params: dict[str, Any], tokens: list[int]) -> torch.Tensor:
-    """`[S, V]` logits in float64: the raw model written out position by position, with nothing clever in it."""
+    """``[S, V]`` logits in float64: the raw model, one position and one head at a time."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
     heads, kv_heads, dim = params["n_heads"], params["n_kv_heads"], params["head_dim"]
     window = params.get("sliding_window") or params.get("max_seq_len", 1 << 30)
@@ -141,7 +141,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _rope(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Interleaved RoPE on `[S, H, D]`: pair i of position s turns by `s * theta ** (-2 i / D)`."""
+    """Interleaved RoPE on ``[S, H, D]``: pair i at position s is rotated by ``s * theta ** (-2 i / D)``."""
     out = torch.empty_like(x)
     for s in range(x.shape[0]):
         for i in range(x.shape[-1] // 2):
@@ -153,7 +153,7 @@ def _rope(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process and return its exit code: 1 for an error, -9 for a kill."""
+    """Run a function in a forked process and return its exit code: 1 for an error, -9 if it was killed."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -173,7 +173,7 @@ def convert_hf_to_raw(
 
 @dataclass(frozen=True)
 class _Output:
-    """Where and how a conversion writes; the fields are the arguments of `convert_raw_to_hf`."""
+    """Where and how a conversion writes; its fields are arguments of `convert_raw_to_hf`."""
 
     folder: str | Path
     dtype: str | None
@@ -252,6 +252,7 @@ def _base_params(source: Path, adapter: dict[str, Any]) -> Params:
 
 
 def _check_folders(input_dir: str | Path, output_dir: str | Path) -> Path:
+    """Check that the input is a folder that the output would not replace, and return its path."""
     source, target = Path(input_dir).resolve(), Path(output_dir).resolve()
     if not source.is_dir():
         raise FileNotFoundError(f"{input_dir} is not a folder: give one that holds a checkpoint.")
@@ -263,7 +264,7 @@ def _check_folders(input_dir: str | Path, output_dir: str | Path) -> Path:
 def _check_adapter_options(source: Path, **options: Any) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
-        raise ValueError(f"{source} is an adapter, so it takes no {', '.join(given)}: leave out what only models have.")
+        raise ValueError(f"{source} is an adapter: leave out {', '.join(given)}, which only whole models have.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

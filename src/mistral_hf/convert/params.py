@@ -34,8 +34,10 @@ _YARN_FIELDS = (
     ("alpha", "beta_slow"),
 )
 
+# Fields with the sizes of a model; ``n_kv_heads`` and ``head_dim`` may be left out.
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 
+# Fields of models that are not dense Mistral text models.
 _REFUSED = {
     "moe": "a mixture of experts",
     "vision_encoder": "a model with a vision tower",
@@ -157,7 +159,9 @@ def _window(given: Params, n_layers: int) -> int | list[int | None] | None:
     pattern = window if isinstance(window, list) else [window]
     windows = [None if w in (None, "None") else int(w) for w in pattern]
     if not windows or n_layers % len(windows) or any(w is not None and w < 1 for w in windows):
-        raise ValueError(f"params.json: sliding_window={window!r} is not a size nor a pattern for {n_layers} layers.")
+        raise ValueError(
+            f"params.json: sliding_window={window!r} is neither a size nor a pattern that fits {n_layers} layers."
+        )
     return windows[0] if len(set(windows)) == 1 else windows * (n_layers // len(windows))
 
 
@@ -198,38 +202,40 @@ def complete_params(
         full["rope_theta"] = float(rope_theta)
     known = find_known_model(full)
     if full["rope_theta"] is None:
-        full["rope_theta"] = _looked_up(known, "rope_theta", notes)
+        full["rope_theta"], note = _looked_up(known, "rope_theta")
+        notes.append(note)
     if max_position_embeddings is not None:
         full["max_seq_len"] = _size({"max_position_embeddings": max_position_embeddings}, "max_position_embeddings")
         notes.append(f"max_position_embeddings = {max_position_embeddings}: as given")
     elif params["max_seq_len"] is None:
-        full["max_seq_len"] = _looked_up(known, "max_position_embeddings", notes)
+        full["max_seq_len"], note = _looked_up(known, "max_position_embeddings")
+        notes.append(note)
     if isinstance(full["sliding_window"], list):
-        full["sliding_window"] = _one_window(full["sliding_window"], full["max_seq_len"], notes)
+        full["sliding_window"], note = _one_window(full["sliding_window"], full["max_seq_len"])
+        notes.append(note)
     return full, notes
 
 
-def _looked_up(known: KnownModel | None, field: str, notes: list[str]) -> Any:
+def _looked_up(known: KnownModel | None, field: str) -> tuple[Any, str]:
+    """A field of a published model, and a note about it."""
     if known is None:
         raise ValueError(
             f"params.json does not give {field}, and its sizes are those of no known model, or of more than one: give"
             f" --{field} (the model card has it)."
         )
     value = getattr(known, field)
-    notes.append(f"{field} = {value}: not in params.json; taken from {known.names}, which has the same sizes")
-    return value
+    return value, f"{field} = {value}: not in params.json; taken from {known.names}, which has the same sizes"
 
 
-def _one_window(windows: list[int | None], max_positions: int, notes: list[str]) -> int:
-    """One window for layers that differ, which is exact as long as no sequence is longer than the smallest."""
+def _one_window(windows: list[int | None], max_positions: int) -> tuple[int, str]:
+    """One window for layers that differ, exact as long as no sequence is longer than the smallest, and a note."""
     smallest = min(w for w in windows if w is not None)
     if max_positions > smallest:
         raise ValueError(
             f"The layers have different windows ({windows[:4]}, ...), which model type 'mistral' cannot express beyond"
             f" {smallest} positions: give --max_position_embeddings {smallest} or less."
         )
-    notes.append(f"sliding_window = {smallest}: windows differ by layer, but not within {max_positions} positions")
-    return smallest
+    return smallest, f"sliding_window = {smallest}: windows differ by layer, but not within {max_positions} positions"
 
 
 def params_to_config(params: Params, dtype: str) -> Config:
@@ -287,6 +293,7 @@ def _yarn_to_rope(yarn: Params) -> Config:
     return rope
 
 
+# Fields of ``config.json`` that must be absent, empty or false.
 _WITHOUT_RAW_FORM = {
     "attention_bias": "biases",
     "mlp_bias": "biases",

@@ -213,7 +213,7 @@ def check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], whe
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise ValueError(
-                f"{where}: {name} has shape {tuple(found[name])}, but the configuration says {shape}: the two do not"
+                f"{where}: {name} has shape {tuple(found[name])}, but the configuration needs {shape}: the two do not"
                 " belong together."
             )
 
