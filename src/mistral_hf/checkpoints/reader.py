@@ -101,9 +101,14 @@ class _File(Protocol):
 
     infos: dict[str, TensorInfo]
 
-    def read(self, name: str) -> Array: ...
-    def stream(self, name: str) -> Iterator[memoryview]: ...
-    def close(self) -> None: ...
+    def read(self, name: str) -> Array:
+        """The values of one tensor."""
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor in pieces."""
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 class SafetensorsFile:
@@ -246,22 +251,11 @@ class TensorParallelFiles:
                 raise CheckpointError(
                     f"{rank.path} and {ranks[0].path} are not ranks of one model: only one of them has {odd}."
                 )
-        for name in ranks[0].infos:
-            self._find_axis(name, shapes.get(name))
-
-    def _find_axis(self, name: str, whole: Shape | None) -> None:
-        parts = [rank.infos[name].shape for rank in self._ranks]
-        whole = parts[0] if whole is None else whole
-        cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
-        axis = self._axes[name] = cut[0] if cut else None
-        joined = parts[0]
-        if axis is not None:
-            joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
-        if joined != whole:
-            raise CheckpointError(
-                f"{name}: the shapes {parts} of the ranks do not add up to {whole}: add the missing ones."
-            )
-        self.infos[name] = TensorInfo(self._ranks[0].infos[name].dtype, whole)
+        for name, info in ranks[0].infos.items():
+            parts = [rank.infos[name].shape for rank in ranks]
+            whole = shapes.get(name, parts[0])
+            self._axes[name] = _axis_of(name, parts, whole)
+            self.infos[name] = TensorInfo(info.dtype, whole)
 
     def read(self, name: str) -> Array:
         axis = self._axes[name]
@@ -279,6 +273,20 @@ class TensorParallelFiles:
     def close(self) -> None:
         for rank in self._ranks:
             rank.close()
+
+
+def _axis_of(name: str, parts: Sequence[Shape], whole: Shape) -> int | None:
+    """The axis along which the ranks hold parts of a tensor; None if every rank holds all of it."""
+    cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
+    axis = cut[0] if cut else None
+    joined = parts[0]
+    if axis is not None:
+        joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
+    if joined != whole:
+        raise CheckpointError(
+            f"{name}: the shapes {parts} of the ranks do not add up to {whole}: add the missing ones."
+        )
+    return axis
 
 
 class Checkpoint(Mapping[str, TensorInfo]):
