@@ -202,6 +202,16 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(
     assert leftovers(tmp_path) == ["out"]
 
 
+def test_a_link_that_a_killed_run_left_is_removed_and_its_target_kept(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/text.txt").write_text("precious")
+    (tmp_path / ".out.incomplete").mkdir()
+    (tmp_path / ".out.incomplete/data").symlink_to("../data")
+    with atomic_folder(tmp_path / "out") as folder:
+        assert leftovers(folder) == []
+    assert (tmp_path / "data/text.txt").read_text() == "precious"
+
+
 # Manifest
 
 

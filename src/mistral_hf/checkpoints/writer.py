@@ -228,7 +228,8 @@ def _claim(work: Path, target: Path) -> Iterator[None]:
             if not work.exists() or os.fstat(descriptor).st_ino != work.stat().st_ino:
                 continue  # the run that made it has just finished
             for leftover in work.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                is_folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover) if is_folder else leftover.unlink()
             yield
             return
         except BlockingIOError:
