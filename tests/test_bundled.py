@@ -1,4 +1,4 @@
-"""Real checks on the trained checkpoint: parity with the library's own model, and perplexity of held-out text."""
+"""The trained checkpoint: parity with the library's model, and perplexity of held-out text."""
 
 import math
 from typing import Any
@@ -38,8 +38,8 @@ def perplexity(model: Any, ids: torch.Tensor, **inputs: Any) -> float:
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_logits_are_the_library_s(model: Any, blocks: torch.Tensor, implementation: str) -> None:
-    """Within 1e-4 on trained weights, four windows long."""
+def test_logits_match_the_library(model: Any, blocks: torch.Tensor, implementation: str) -> None:
+    """Within 1e-4 on trained weights, for texts four windows long."""
     stock = StockMistral.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32, attn_implementation=implementation)
     model.set_attn_implementation(implementation)
     torch.testing.assert_close(model(blocks[:2]).logits, stock.eval()(blocks[:2]).logits, rtol=0, atol=1e-4)

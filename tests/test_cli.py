@@ -1,4 +1,4 @@
-"""The command line, in this process and once as a user starts it."""
+"""The command line, in this process, and once as a program."""
 
 import json
 import shutil
@@ -6,9 +6,11 @@ import subprocess
 import sysconfig
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
@@ -20,17 +22,17 @@ PROMPT = "The captain looked out over the sea and"
 SHORT = ("--max-new-tokens", "12")
 
 
-def run(*arguments, stdin=None):
+def run(*arguments: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(cli.app, arguments, input=stdin)
 
 
-def text_of(*arguments, stdin=None):
+def text_of(*arguments: str, stdin: str | None = None) -> str:
     result = run("generate", *arguments, stdin=stdin)
     assert result.exit_code == 0, result.output
     return result.stdout.strip()
 
 
-def reference_text(dtype="auto", **options):
+def reference_text(dtype: str = "auto", **options: Any) -> str:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=dtype)
     output = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=12, **options)
@@ -38,35 +40,35 @@ def reference_text(dtype="auto", **options):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     return Path(shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "checkpoint"))
 
 
-def test_greedy_text_of_the_bundled_checkpoint():
+def test_greedy_text_matches_that_of_the_model() -> None:
     text = text_of(PROMPT, "--greedy", *SHORT)
     assert text.startswith(PROMPT)
     assert len(text) > len(PROMPT)
     assert text == reference_text(do_sample=False)
 
 
-def test_a_seed_makes_sampling_repeatable():
+def test_a_seed_makes_sampling_repeatable() -> None:
     texts = [text_of(PROMPT, "--temperature", "1.5", "--seed", seed, *SHORT) for seed in ("1", "1", "2")]
     assert texts[0] == texts[1] != texts[2]
     torch.manual_seed(1)
     assert texts[0] == reference_text(do_sample=True, temperature=1.5)
 
 
-def test_beams_are_printed_at_the_end():
+def test_beams_are_printed_at_the_end() -> None:
     assert text_of(PROMPT, "--greedy", "--num-beams", "3", *SHORT) == reference_text(do_sample=False, num_beams=3)
 
 
-def test_prompt_from_standard_input_in_chunks():
+def test_a_prompt_from_standard_input_is_read_in_chunks() -> None:
     text = text_of("-", "--greedy", "--prefill-chunk-size", "3", "--dtype", "float32", *SHORT, stdin=PROMPT)
     assert text == reference_text("float32", do_sample=False)
 
 
-def test_options_reach_generate(monkeypatch):
-    received = {}
+def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: dict[str, Any] = {}
     monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", lambda model, **options: received.update(options))
     values = {
         "temperature": 0.5,
@@ -83,7 +85,7 @@ def test_options_reach_generate(monkeypatch):
     assert {**values, "do_sample": True}.items() <= received.items()
 
 
-def test_what_sampling_options_imply():
+def test_sampling_options_imply_do_sample() -> None:
     assert cli._generation_options(None, min_p=0.1, num_beams=None) == {"min_p": 0.1, "do_sample": True}
     assert cli._generation_options(True, num_beams=None) == {"do_sample": True}
     assert cli._generation_options(False, max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
@@ -91,12 +93,12 @@ def test_what_sampling_options_imply():
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_dtype_and_attention(name, expected):
+def test_dtype_and_attention_reach_the_model(name: str, expected: torch.dtype) -> None:
     model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype(name), None, "eager", False)
     assert (model.dtype, model.config._attn_implementation, model.training) == (expected, "eager", False)
 
 
-def test_four_bits():
+def test_four_bit_loading_quantizes_linear_layers() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype.float32, "cpu", None, True)
     projection = model.model.layers[0].mlp.up_proj
@@ -111,7 +113,9 @@ def test_four_bits():
         (("--device-map", "auto"), "accelerate", "pip install 'mistral_hf[bnb]'"),
     ],
 )
-def test_a_missing_package_is_named_with_its_remedy(monkeypatch, option, missing, remedy):
+def test_a_missing_package_is_named_with_its_remedy(
+    monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], missing: str, remedy: str
+) -> None:
     monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
     result = run("generate", PROMPT, *option)
     assert result.exit_code == 2
@@ -122,17 +126,17 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, option, missing
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model", "./nowhere"), "there is no folder nowhere"),
-        (("--model", "a/b/c"), "there is no folder a/b/c"),
+        (("--model", "./nowhere"), "There is no folder nowhere"),
+        (("--model", "a/b/c"), "There is no folder a/b/c"),
         (("--model", str(Path(__file__).parent)), "has no config.json"),
         (("--dtype", "float8"), "'float8' is not one of"),
-        (("--greedy", "--top-p", "0.9", "--min-p", "0.1"), "--greedy: it contradicts --top-p, --min-p"),
+        (("--greedy", "--top-p", "0.9", "--min-p", "0.1"), "--greedy: It contradicts --top-p, --min-p"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--temperature", "0"), "--temperature"),
         (("--attn-implementation", "nothing"), "nothing"),
     ],
 )
-def test_bad_options_are_usage_errors(arguments, message):
+def test_bad_options_are_usage_errors(arguments: tuple[str, ...], message: str) -> None:
     result = run("generate", PROMPT, *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -140,14 +144,14 @@ def test_bad_options_are_usage_errors(arguments, message):
 
 
 @pytest.mark.parametrize(("file", "content"), [("model.safetensors", b"\x10"), ("config.json", b"{}")])
-def test_a_damaged_checkpoint_is_a_usage_error(folder, file, content):
+def test_a_damaged_checkpoint_is_a_usage_error(folder: Path, file: str, content: bytes) -> None:
     (folder / file).write_bytes(content)
     result = run("generate", PROMPT, "--model", str(folder))
     assert result.exit_code == 2
     assert f"{folder} cannot be loaded" in result.stderr
 
 
-def test_a_prompt_without_tokens_is_a_usage_error(folder):
+def test_a_prompt_without_tokens_is_a_usage_error(folder: Path) -> None:
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     tokenizer["post_processor"] = None
@@ -157,7 +161,7 @@ def test_a_prompt_without_tokens_is_a_usage_error(folder):
     assert "has no tokens" in result.stderr
 
 
-def test_another_architecture_is_noted(folder):
+def test_another_architecture_is_noted(folder: Path) -> None:
     vocabulary = AutoTokenizer.from_pretrained(folder).vocab_size
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
@@ -168,7 +172,7 @@ def test_another_architecture_is_noted(folder):
     assert "LlamaForCausalLM" in result.stderr
 
 
-def test_info_tells_what_resolves_to_what():
+def test_info_lists_versions_classes_back_ends_and_devices() -> None:
     lines = run("info").stdout.splitlines()
     shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert shown["mistral_hf"] == mistral_hf.__version__
@@ -181,12 +185,14 @@ def test_info_tells_what_resolves_to_what():
         assert "not usable: attn_implementation='flash_attention_2'" in shown["flash_attention_2"]
 
 
-def test_info_after_unregister(registered):
+def test_info_shows_the_classes_of_the_library_after_unregister(registered: None) -> None:
     mistral_hf.unregister()
     assert "transformers.models.mistral.modeling_mistral.MistralForCausalLM" in run("info").stdout
 
 
-def test_info_without_a_compiler_or_a_checkpoint(monkeypatch, tmp_path):
+def test_info_names_a_missing_compiler_and_a_missing_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(cli, "BUNDLED_CHECKPOINT", tmp_path / "gone")
@@ -195,11 +201,11 @@ def test_info_without_a_compiler_or_a_checkpoint(monkeypatch, tmp_path):
     assert f"missing: {tmp_path / 'gone'}" in output
 
 
-def test_the_installed_command():
+def test_the_installed_command_generates() -> None:
     command = Path(sysconfig.get_path("scripts")) / "mistral-hf"
     result = subprocess.run(
         [command, "generate", PROMPT, "--greedy", *SHORT], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    assert "kernels" not in result.stderr  # bitsandbytes misses some that nobody asked for
+    assert "kernels" not in result.stderr  # bitsandbytes warns of missing ones, which are not needed here
     assert result.stdout.strip() == reference_text(do_sample=False)

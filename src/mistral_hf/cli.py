@@ -1,11 +1,14 @@
-"""The command line: ``mistral-hf generate | chat | convert | info``. What a command needs is imported when it runs."""
+"""The command line: ``mistral-hf generate | chat | convert | info``. Commands import what they need when they run."""
 
 import logging
 import os
 import platform
 import shutil
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -35,7 +38,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Dtype(str, Enum):
-    """Number formats of the weights; `auto` is the one that the checkpoint was saved in."""
+    """Dtypes of the weights; ``auto`` is that of the checkpoint."""
 
     auto = "auto"
     float32 = "float32"
@@ -47,54 +50,54 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="Folder or hub id of a checkpoint.", show_default="the bundled checkpoint")
 ]
 
-DtypeOption = Annotated[Dtype, typer.Option(help="Number format of the weights.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Dtype of the weights; auto is that of the checkpoint.")]
 
 DeviceMapOption = Annotated[
-    str | None, typer.Option(help="Placement, such as auto, cpu or cuda:1.", show_default="the accelerator, or the CPU")
+    str | None, typer.Option(help="Device, such as auto, cpu or cuda:1.", show_default="the accelerator, or the CPU")
 ]
 
 AttentionOption = Annotated[
-    str | None, typer.Option(help="One of those that `mistral-hf info` lists.", show_default="sdpa")
+    str | None, typer.Option(help="Attention back end; `mistral-hf info` lists them.", show_default="sdpa")
 ]
 
 FourBitOption = Annotated[bool, typer.Option("--load-in-4bit", help="Quantize to 4 bits (NF4) with bitsandbytes.")]
 
 SampleOption = Annotated[
     bool | None,
-    typer.Option(
-        "--do-sample/--greedy", help="Draw tokens at random, or take the likeliest.", show_default="checkpoint's"
-    ),
+    typer.Option("--do-sample/--greedy", help="Sample tokens, or take the likeliest.", show_default="checkpoint's"),
 ]
 
-TemperatureOption = Annotated[float | None, typer.Option(min=0.01, help="Above 1 flattens, below 1 sharpens.")]
-TopPOption = Annotated[float | None, typer.Option(min=0, max=1, help="Draw from that much probability mass.")]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")]
+TemperatureOption = Annotated[float | None, typer.Option(min=0.01, help="Above 1 is more random, below 1 less.")]
+TopPOption = Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed that makes sampling repeatable.")]
 
 
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     model: ModelOption = str(BUNDLED_CHECKPOINT),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to add.")] = 100,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMapOption = None,
     attn_implementation: AttentionOption = None,
     load_in_4bit: FourBitOption = False,
     do_sample: SampleOption = None,
     temperature: TemperatureOption = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from that many likeliest tokens.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many of the likeliest tokens.")] = None,
     top_p: TopPOption = None,
     min_p: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least share of the likeliest's probability.")
+        float | None, typer.Option(min=0, max=1, help="Smallest probability, relative to that of the likeliest token.")
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0.01, help="Above 1 discourages repetition.")] = None,
-    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a beam search, printed at its end.")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams of a beam search, which prints its text at the end.")
+    ] = None,
     seed: SeedOption = None,
     prefill_chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Read the prompt in pieces of so many tokens.")
+        int | None, typer.Option(min=1, help="Read the prompt in pieces of this many tokens.")
     ] = None,
 ) -> None:
-    """Continue PROMPT and print the text as it is made.
+    """Continue PROMPT and print the text while it is generated.
 
     Sampling options imply --do-sample.
     """
@@ -117,7 +120,7 @@ def generate(
         set_seed(seed)
     inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
     if inputs.input_ids.shape[1] == 0:
-        raise typer.BadParameter("it has no tokens: write at least one word.", param_hint="PROMPT")
+        raise typer.BadParameter("It has no tokens: write at least one word.", param_hint="PROMPT")
     streamer = None if (num_beams or 1) > 1 else TextStreamer(tokenizer, skip_special_tokens=True)
     output = loaded.generate(**inputs, **options, streamer=streamer)
     if streamer is None:
@@ -128,7 +131,7 @@ def generate(
 def chat(
     model: Annotated[str, typer.Option("--model", help="Folder or hub id of an instruct checkpoint.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 500,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens in a reply.")] = 500,
     dtype: DtypeOption = Dtype.auto,
     device_map: DeviceMapOption = None,
     attn_implementation: AttentionOption = None,
@@ -140,7 +143,7 @@ def chat(
 ) -> None:
     """Chat in the terminal, or answer the lines of standard input.
 
-    /reset begins anew, /system TEXT does so with another system prompt, /exit ends; Ctrl-C ends a reply.
+    /reset starts again, /system TEXT starts again with another system prompt, /exit ends; Ctrl-C ends a reply.
     """
     options = _generation_options(do_sample, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     loaded, tokenizer = _load(model, dtype, device_map, attn_implementation, load_in_4bit)
@@ -150,8 +153,9 @@ def chat(
 
     if seed is not None:
         set_seed(seed)
+    interrupted = threading.Event()
     try:
-        session = ChatSession(loaded, tokenizer, system, **options)
+        session = ChatSession(loaded, tokenizer, system, stopping_criteria=[_stop_if(interrupted)], **options)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
     for line in _lines("> "):
@@ -163,13 +167,35 @@ def chat(
         elif command == "/system":
             session.reset(system := argument.strip() or None)
         elif command.startswith("/"):
-            typer.echo(f"There is no command {command}: /reset, /system TEXT, /exit.", err=True)
+            typer.echo(f"There is no command {command}: use /reset, /system TEXT or /exit.", err=True)
         elif line:
-            session.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+            with _ctrl_c_sets(interrupted):
+                session.reply(line, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+
+
+def _stop_if(event: threading.Event) -> Callable[..., Any]:
+    """A stopping criterion of ``generate`` that ends the text once the event is set."""
+    import torch
+
+    def criterion(input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), event.is_set(), device=input_ids.device)
+
+    return criterion
+
+
+@contextmanager
+def _ctrl_c_sets(event: threading.Event) -> Iterator[None]:
+    """Within the block, Ctrl-C sets the event instead of raising an error."""
+    event.clear()
+    previous = signal.signal(signal.SIGINT, lambda number, frame: event.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _lines(prompt: str) -> Iterator[str]:
-    """What the user types, or the lines of a pipe, until its end."""
+    """The lines that the user types, or those of a pipe."""
     interactive = sys.stdin.isatty()
     while True:
         if interactive:
@@ -182,19 +208,21 @@ def _lines(prompt: str) -> Iterator[str]:
 
 @app.command()
 def convert(
-    input_dir: Annotated[Path, typer.Argument(help="Folder with params.json and consolidated weights.")],
-    output_dir: Annotated[Path, typer.Argument(help="Folder to write; appears only when complete.")],
-    dtype: Annotated[Dtype, typer.Option(help="Number format; auto keeps every bit.")] = Dtype.auto,
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file.")] = "5GB",
-    max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="If the input does not say it.")] = None,
-    rope_theta: Annotated[float | None, typer.Option(min=1, help="If the input does not say it.")] = None,
+    input_dir: Annotated[Path, typer.Argument(help="Folder with params.json and raw weights.")],
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write; it appears when complete.")],
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the output; auto keeps every bit.")] = Dtype.auto,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Largest output file of a model.", show_default="5GB")
+    ] = None,
+    max_position_embeddings: Annotated[int | None, typer.Option(min=1, help="If the input does not give it.")] = None,
+    rope_theta: Annotated[float | None, typer.Option(min=1, help="If the input does not give it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
-    """Convert raw Mistral weights to Hugging Face format."""
-    from .convert.console import byte_progress, run
+    """Convert raw Mistral weights, or a raw LoRA adapter, to Hugging Face format."""
+    from .convert.console import byte_progress, exit_on_error
     from .convert.folders import convert_raw_to_hf
 
-    with run(), byte_progress() as progress:
+    with exit_on_error(), byte_progress() as progress:
         result = convert_raw_to_hf(
             input_dir,
             output_dir,
@@ -209,11 +237,11 @@ def convert(
 
 
 def _generation_options(do_sample: bool | None, **options: Any) -> dict[str, Any]:
-    """Keywords of `generate`: those that were given, and what they imply."""
+    """Keywords of ``generate``: the options that were given, and ``do_sample`` where they imply it."""
     given = {name: value for name, value in options.items() if value is not None}
     sampling = [f"--{name.replace('_', '-')}" for name in SAMPLING if name in given]
     if do_sample is False and sampling:
-        raise typer.BadParameter(f"it contradicts {', '.join(sampling)}: leave one out.", param_hint="--greedy")
+        raise typer.BadParameter(f"It contradicts {', '.join(sampling)}: leave one out.", param_hint="--greedy")
     if do_sample is not None or sampling:
         given["do_sample"] = do_sample is not False
     return given
@@ -222,13 +250,17 @@ def _generation_options(do_sample: bool | None, **options: Any) -> dict[str, Any
 def _load(
     name: str, dtype: Dtype, device_map: str | None, attn_implementation: str | None, load_in_4bit: bool
 ) -> tuple[Any, Any]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint; what cannot work ends with a usage error."""
+    """The model, in evaluation mode, and the tokenizer of a checkpoint.
+
+    Raises:
+        typer.BadParameter: A package is missing, or the checkpoint cannot be loaded.
+    """
     _check_folder(name)
     if device_map is not None:
-        _require("--device-map", "accelerate")
+        _check_installed("--device-map", "accelerate")
     if load_in_4bit:
-        _require("--load-in-4bit", "bitsandbytes", "accelerate")
-    else:  # where it is installed, it is imported all the same, and warns that its 4-bit kernels could be faster
+        _check_installed("--load-in-4bit", "bitsandbytes", "accelerate")
+    else:  # the library imports it in any case, and it warns that its 4-bit kernels could be faster
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch
     from safetensors import SafetensorError
@@ -236,7 +268,7 @@ def _load(
 
     from .modeling_mistral import MistralForCausalLM
 
-    quantization = {}  # the name alone, with None, would make the library forget how a quantized checkpoint was saved
+    quantization = {}  # an argument of None would make the library ignore how a quantized checkpoint was saved
     if load_in_4bit:
         compute_dtype = torch.bfloat16 if dtype is Dtype.auto else getattr(torch, dtype.value)
         quantization["quantization_config"] = BitsAndBytesConfig(
@@ -254,36 +286,36 @@ def _load(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise typer.BadParameter(f"{name} cannot be loaded: {error}", param_hint="--model") from error
     if not isinstance(model, MistralForCausalLM):
-        typer.echo(f"Note: {name} is no Mistral; the library's own {type(model).__name__} runs it.", err=True)
+        typer.echo(f"Note: {name} is not a Mistral; {type(model).__name__} of the library runs it.", err=True)
     if device_map is None and not load_in_4bit and torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
     return model.eval(), tokenizer
 
 
 def _check_folder(name: str) -> None:
-    """Tell a missing or incomplete folder from a hub id, which has the form ``name`` or ``owner/name``."""
+    """Check that a folder is complete; other names are ids on the hub, in the form ``name`` or ``owner/name``."""
     folder = Path(name)
     if folder.exists():
         if not (folder / "config.json").is_file():
             raise typer.BadParameter(
-                f"{folder} has no config.json: name the folder that holds it beside the weights.", param_hint="--model"
+                f"{folder} has no config.json: give the folder that holds it and the weights.", param_hint="--model"
             )
     elif name.startswith(".") or folder.is_absolute() or len(folder.parts) > 2:
-        raise typer.BadParameter(f"there is no folder {folder}.", param_hint="--model")
+        raise typer.BadParameter(f"There is no folder {folder}: give a folder or a hub id.", param_hint="--model")
 
 
-def _require(option: str, *packages: str) -> None:
+def _check_installed(option: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise typer.BadParameter(
-            f"it needs {' and '.join(missing)}, not installed here: pip install 'mistral_hf[bnb]' brings it.",
+            f"It needs {' and '.join(missing)}, which is not installed: pip install 'mistral_hf[bnb]' brings it.",
             param_hint=option,
         )
 
 
 @app.command()
 def info() -> None:
-    """Show what resolves to what: versions, classes, attention back ends, devices and memory."""
+    """Show versions, the classes of the Auto classes, attention back ends, devices and memory."""
     from .registration import resolved
 
     _print_table("Versions", [("python", platform.python_version()), *((name, _version(name)) for name in PACKAGES)])
@@ -309,7 +341,7 @@ def _version(package: str) -> str:
 
 
 def _backend_state(name: str) -> str:
-    """Whether an attention back end works here: found out by running a model of one layer with it."""
+    """Whether an attention back end works here, found by running a model of one layer with it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -317,10 +349,12 @@ def _backend_state(name: str) -> str:
     from .torch.flash_kernels import NAME, find_kernels
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if name == "flex_attention" and device.type == "cpu":  # running it would spend its time in the compiler
+    if name == "flex_attention" and device.type == "cpu":  # it would have to be compiled, which takes long
         compiler = os.environ.get("CXX", "g++")
         return (
-            "usable" if shutil.which(compiler) else f"not usable: it is compiled, but there is no compiler {compiler}"
+            "usable"
+            if shutil.which(compiler)
+            else f"not usable: it needs a compiler, and there is no compiler {compiler}"
         )
     config = MistralConfig(
         vocab_size=8,

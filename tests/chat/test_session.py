@@ -1,12 +1,14 @@
-"""The interactive chat: only new tokens are read, replies are those of one-shot generation, and the commands."""
+"""Chat sessions: only new tokens are read, replies match one-shot generation, errors leave no trace; the command."""
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer, TextStreamer
 from typer.testing import CliRunner
 
@@ -40,14 +42,14 @@ def session(instruct: Path) -> ChatSession:
     return ChatSession(model, AutoTokenizer.from_pretrained(instruct), **GREEDY)
 
 
-def one_shot(session: ChatSession) -> str:
+def one_shot(session: ChatSession, **options: Any) -> str:
     """The reply to the last user message, without a cache from before."""
     ids = torch.tensor([encode_conversation(session.tokenizer, session.messages[:-1], add_generation_prompt=True)])
-    output = session.model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    output = session.model.generate(ids, attention_mask=torch.ones_like(ids), **{**GREEDY, **options})
     return session.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_replies_are_those_of_one_shot_generation(session: ChatSession) -> None:
+def test_replies_match_one_shot_generation(session: ChatSession) -> None:
     for text in ("Hello there", "And what [INST] is </s> that?", "Thanks"):
         answer = session.reply(text)
         assert answer == one_shot(session)
@@ -56,7 +58,7 @@ def test_replies_are_those_of_one_shot_generation(session: ChatSession) -> None:
 
 
 def test_only_the_new_turn_is_read(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the reply encodes to the ids that were generated, the next turn reads what came after them."""
+    """If the reply encodes to the ids that were generated, the next turn reads only the tokens after them."""
     session.reply("Hello there")
     history = [*session.cached]
     tail = [5, 6, 7, 8]
@@ -73,28 +75,144 @@ def test_a_history_that_changed_is_read_again(session: ChatSession, monkeypatch:
     assert session.prefilled == len(changed)
 
 
-def test_ctrl_c_ends_a_reply(session: ChatSession) -> None:
-    class Impatient(TextStreamer):
-        seen = 0
+class Faulty(TextStreamer):
+    """Raises in the call of ``put`` with this number, counted from 1, or in ``end`` for 0."""
 
-        def put(self, value: Any) -> None:
-            self.seen += 1
-            if self.seen == 4:  # the prompt and three tokens
+    def __init__(self, tokenizer: Any, number: int, error: type[BaseException]) -> None:
+        super().__init__(tokenizer)
+        self.number, self.error, self.calls = number, error, 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.calls += 1
+        if self.calls == self.number:
+            raise self.error("no reply")
+
+    def end(self) -> None:
+        if self.number == 0:
+            raise self.error("no end")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("number", [1, 2, 3, 8, 13, 0])
+@pytest.mark.parametrize("history", [[], ["Hello there", "What is it that you see from where you are now, my friend?"]])
+def test_the_reply_after_one_that_raised_is_right(
+    session: ChatSession, history: list[str], number: int, error: type[BaseException]
+) -> None:
+    """The error comes at the prompt, at tokens within and past the window of 16, or at the end."""
+    for text in history:
+        session.reply(text)
+    said = [*session.messages]
+    with pytest.raises(error):
+        session.reply("Tell me something, please", Faulty(session.tokenizer, number, error))
+    assert session.messages == said
+    assert session.cache.get_seq_length() == len(session.cached)
+    for text in ("Tell me something, please", "Thanks"):
+        assert session.reply(text) == one_shot(session)
+
+
+def test_the_reply_after_a_failed_forward_pass_is_right(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the second layer raises, the caches of the layers end at different tokens."""
+    session.reply("Hello there")
+    layer = session.model.model.layers[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(layer, "forward", lambda *args, **kwargs: torch.zeros(()) + None)
+        with pytest.raises(TypeError):
+            session.reply("And now?")
+    assert session.reply("And now?") == one_shot(session)
+
+
+def test_a_session_works_in_any_thread(session: ChatSession) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(session.reply, "Hello there").result()
+    assert answer == one_shot(session)
+
+
+def test_stopping_criteria_end_a_reply(session: ChatSession) -> None:
+    """The text until then stays in the conversation, and the next reply is right."""
+    session.options["stopping_criteria"] = [lambda ids, scores, **kwargs: torch.full((len(ids),), ids.shape[1] > 12)]
+    answer = session.reply("Hello there")
+    assert session.messages[-1] == {"role": "assistant", "content": answer}
+    prompt = encode_conversation(session.tokenizer, session.messages[:1], add_generation_prompt=True)
+    assert len(prompt) < session.cache.get_seq_length() == 12
+    del session.options["stopping_criteria"]
+    assert session.reply("Continue") == one_shot(session)
+
+
+def fixed_prompt(session: ChatSession, monkeypatch: pytest.MonkeyPatch, ids: list[int], **options: Any) -> str:
+    """Make the next messages encode to these ids, and return the reply that one-shot generation gives to them."""
+    monkeypatch.setattr("mistral_hf.chat.session.encode_conversation", lambda *args, **kwargs: ids)
+    inputs = torch.tensor([ids])
+    output = session.model.generate(inputs, attention_mask=torch.ones_like(inputs), **{**GREEDY, **options})
+    return session.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("number", [1, 2, 8, 13, 0])
+def test_a_reply_that_raised_past_the_window_is_read_again(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The prompt continues the tokens in the cache, so only the failure makes it necessary to read it again."""
+    session.reply("Hello there, what is it that you see from where you are now?")
+    expected = fixed_prompt(session, monkeypatch, [*session.cached, *range(5, 11)])
+    with pytest.raises(RuntimeError):
+        session.reply("more", Faulty(session.tokenizer, number, RuntimeError))
+    assert session.cache.get_seq_length() == len(session.cached)
+    assert session.reply("more") == expected
+    assert session.reply("more") == expected
+
+
+def test_replies_of_a_beam_search_match_one_shot_generation(
+    session: ChatSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache of a beam search holds the texts that were continued last, not the reply, so it is not used again."""
+    options: dict[str, Any] = {"num_beams": 3, "eos_token_id": list(range(0, 32768, 5)), "pad_token_id": 0}
+    session.options |= options
+    session.reply("Hello there")
+    assert session.messages[-1]["content"] == one_shot(session, **options)
+    prompt = encode_conversation(session.tokenizer, session.messages[:1], add_generation_prompt=True)
+    inputs = torch.tensor([prompt])
+    output = session.model.generate(inputs, attention_mask=torch.ones_like(inputs), **{**GREEDY, **options})
+    expected = fixed_prompt(session, monkeypatch, [*output[0].tolist(), 5, 6, 7], **options)
+    assert session.reply("more") == expected
+
+
+def test_ctrl_c_in_the_terminal_ends_a_reply_and_keeps_the_conversation(
+    instruct: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Impatient(TextStreamer):
+        calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls += 1
+            if self.calls == 4:  # the prompt and three tokens
                 os.kill(os.getpid(), signal.SIGINT)
 
         def end(self) -> None:
             pass
 
+    sessions: list[ChatSession] = []
+    reply = ChatSession.reply
+
+    def recorded(session: ChatSession, *args: Any) -> str:
+        sessions.append(session)
+        answer = reply(session, *args)
+        lengths.append(session.cache.get_seq_length())
+        return answer
+
+    lengths: list[int] = []
+    monkeypatch.setattr(ChatSession, "reply", recorded)
+    monkeypatch.setattr(transformers, "TextStreamer", Impatient)
     before = signal.getsignal(signal.SIGINT)
-    session.reply("Hello there", Impatient(session.tokenizer))
-    length = session.cache.get_seq_length()
-    prompt = len(encode_conversation(session.tokenizer, session.messages[:1], add_generation_prompt=True))
-    assert prompt + 2 <= length <= prompt + 4
+    arguments = ["chat", "--model", str(instruct), "--greedy", "--max-new-tokens", "12"]
+    result = CliRunner().invoke(app, arguments, input="Hello there\nContinue\n/exit\n")
+    assert result.exit_code == 0, result.output
     assert signal.getsignal(signal.SIGINT) is before
-    session.reply("Go on")
+    session = sessions[-1]
+    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
+    prompt = len(encode_conversation(session.tokenizer, session.messages[:1], add_generation_prompt=True))
+    assert prompt + 2 <= lengths[0] <= prompt + 4
 
 
-def test_without_a_template_it_says_what_to_do(instruct: Path) -> None:
+def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(instruct: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="get_chat_template"):

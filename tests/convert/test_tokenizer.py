@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 from transformers import AutoTokenizer
 
+from mistral_hf.chat.template import get_chat_template
 from mistral_hf.checkpoints.writer import file_sha256
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.sentencepiece import read_sentencepiece
@@ -71,7 +73,7 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("tokenizers")
 
 
@@ -79,19 +81,19 @@ every_real_one = pytest.mark.parametrize("version", REAL)
 
 
 @every_real_one
-def test_ids_and_text_on_a_fuzzed_corpus(version, folder, texts):
-    """Over 10,000 strings: mistral-common's ids, and the text again from the ids."""
+def test_ids_and_text_match_mistral_common_on_a_fuzzed_corpus(version: str, folder: Path, texts: list[str]) -> None:
+    """Over 10,000 strings give the ids of mistral-common, and the ids give the text again."""
     tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
     ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     for text, got in zip(texts, ids, strict=True):
         assert got == expected.encode(text, bos=False, eos=False), repr(text)
     for text, decoded in zip(texts, tokenizer.batch_decode(ids), strict=True):
-        # SentencePiece itself writes a space as ▁, so the two cannot be told apart afterwards.
+        # SentencePiece writes a space as ▁, so the two cannot be distinguished afterwards.
         assert decoded == (text.replace("▁", " ") if version in NOT_TEKKEN else text)
 
 
 @every_real_one
-def test_special_tokens(version, folder):
+def test_special_tokens_match_mistral_common(version: str, folder: Path) -> None:
     tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
     ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
     assert ids == (expected.bos_id, expected.eos_id, expected.unk_id) == (1, 2, 0)
@@ -109,7 +111,7 @@ def test_special_tokens(version, folder):
 
 
 @every_real_one
-def test_a_text_begins_once_and_pads_on_the_left(version, folder):
+def test_a_text_begins_once_and_pads_on_the_left(version: str, folder: Path) -> None:
     tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
     batch = tokenizer(["Hello", "Hello, this is longer"], padding=True)
     assert batch["input_ids"][1] == expected.encode("Hello, this is longer", bos=True, eos=False)
@@ -119,7 +121,7 @@ def test_a_text_begins_once_and_pads_on_the_left(version, folder):
 
 
 @every_real_one
-def test_decoding_leaves_control_tokens_out_as_mistral_common_does(version, folder):
+def test_decoding_leaves_control_tokens_out_as_mistral_common_does(version: str, folder: Path) -> None:
     tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
     ids = [1, *expected.encode("Hello  there\n", bos=False, eos=True)]
     decoded = expected.decode(ids, special_token_policy=SpecialTokenPolicy.IGNORE)
@@ -127,7 +129,7 @@ def test_decoding_leaves_control_tokens_out_as_mistral_common_does(version, fold
 
 
 @every_real_one
-def test_saving_and_loading_changes_nothing(version, folder, tmp_path, texts):
+def test_saving_and_loading_changes_nothing(version: str, folder: Path, tmp_path: Path, texts: list[str]) -> None:
     tokenizer = converted(version, folder)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -136,8 +138,8 @@ def test_saving_and_loading_changes_nothing(version, folder, tmp_path, texts):
     assert (again.padding_side, again.pad_token_id) == ("left", tokenizer.pad_token_id)
 
 
-def test_the_mistral_libraries_are_not_needed_to_load(folder):
-    """Loaded and used where sentencepiece, mistral-common, tiktoken and protobuf cannot be imported."""
+def test_the_mistral_libraries_are_not_needed_to_load(folder: Path) -> None:
+    """Tokenizers are loaded and used where sentencepiece, mistral-common, tiktoken and protobuf cannot be imported."""
     code = """
         import sys
         for name in ("sentencepiece", "mistral_common", "tiktoken", "google.protobuf"):
@@ -159,18 +161,31 @@ def test_the_mistral_libraries_are_not_needed_to_load(folder):
 
 
 @pytest.mark.parametrize("version", NOT_TEKKEN)
-def test_a_bare_name_is_told_apart_by_content(version, tmp_path):
+def test_the_content_gives_the_version_of_a_bare_name(version: str, tmp_path: Path) -> None:
     source = shutil.copyfile(REAL[version], tmp_path / "tokenizer.model")
     assert convert_tokenizer(source, tmp_path).version == version
 
 
-def test_names_say_the_version(tmp_path):
+def test_a_file_name_gives_the_version(tmp_path: Path) -> None:
     info = convert_tokenizer(DATA / "mistral_instruct_tokenizer_241114.model.v7m1", tmp_path)
     assert (info.version, info.vocab_size, info.pad_token_id) == ("v7", 32768, 0)
     assert convert_tokenizer(REAL["v3"], tmp_path, version="v7").version == "v7"
 
 
-def test_tekken_files_say_their_version(folder, tmp_path):
+@pytest.mark.parametrize("version", ["v3", "v3-tekken"])
+def test_a_tekken_file_takes_its_version_with_or_without_the_suffix(version: str, tmp_path: Path) -> None:
+    assert convert_tokenizer(REAL["v3-tekken"], tmp_path, version=version).version == "v3-tekken"
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert (config["mistral_version"], config["chat_template"]) == ("v3-tekken", get_chat_template("v3-tekken"))
+
+
+def test_a_sentencepiece_file_refuses_a_version_of_tekken(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SentencePiece file, .*'v3-tekken'.* 'v3'"):
+        convert_tokenizer(REAL["v3"], tmp_path, version="v3-tekken")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tekken_file_gives_its_version(folder: Path, tmp_path: Path) -> None:
     assert convert_tokenizer(raw_file("v13", folder), tmp_path).version == "v13"
     with pytest.raises(ValueError, match="no chat template for version 'v5'"):
         convert_tokenizer(REAL["v3"], tmp_path, version="v5")
@@ -180,15 +195,15 @@ def test_tekken_files_say_their_version(folder, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 1000, 400_000])
-def test_truncated_sentencepiece_files(keep, tmp_path):
+def test_truncated_sentencepiece_files_are_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(REAL["v1"].read_bytes()[:keep])
-    with pytest.raises(ValueError, match="no SentencePiece model, or is truncated"):
+    with pytest.raises(ValueError, match="not a SentencePiece model, or is truncated"):
         read_sentencepiece(path)
 
 
-def test_sentencepiece_models_of_other_kinds(tmp_path):
-    """Without its trainer's settings (field 2 of the file) a model counts as a unigram one."""
+def test_sentencepiece_models_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    """Without the trainer's settings (field 2 of the file) a model counts as a unigram model."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(b"\x0a\x05\x0a\x03abc" + b"\x12\x00" + b"\x1a\x00")
     with pytest.raises(ValueError, match="not BPE with byte fallback"):
@@ -196,14 +211,14 @@ def test_sentencepiece_models_of_other_kinds(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": {"pattern": "x"}, "vocab": []}'])
-def test_damaged_tekken_files(content, tmp_path):
+def test_damaged_tekken_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tekken.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match="no tekken tokenizer"):
+    with pytest.raises(ValueError, match="not a tekken tokenizer"):
         convert_tokenizer(path, tmp_path)
 
 
-def test_tekken_files_that_do_not_add_up(folder, tmp_path):
+def test_inconsistent_tekken_files_are_refused(folder: Path, tmp_path: Path) -> None:
     content = json.loads(raw_file("v11", folder).read_text())
     path = tmp_path / "tekken.json"
     path.write_text(json.dumps({**content, "special_tokens": None}))
@@ -216,7 +231,9 @@ def test_tekken_files_that_do_not_add_up(folder, tmp_path):
 
 
 @pytest.mark.parametrize("version", ["v3", "v13"])
-def test_raw_files_are_read_with_or_without_mistral_common(version, folder, monkeypatch):
+def test_raw_files_are_read_with_or_without_mistral_common(
+    version: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = raw_file(version, folder)
     expected = raw_encoder(source)(SAMPLE_TEXT)
     monkeypatch.setitem(sys.modules, "mistral_common.tokens.tokenizers.tekken", None)
@@ -226,7 +243,7 @@ def test_raw_files_are_read_with_or_without_mistral_common(version, folder, monk
 # In a folder
 
 
-def test_finding_the_tokenizer(tmp_path):
+def test_a_tekken_file_comes_first_and_differing_files_are_refused(tmp_path: Path) -> None:
     assert find_raw_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer.model").write_bytes(b"a")
     (tmp_path / "tokenizer.model.v3").write_bytes(b"a")
@@ -239,7 +256,7 @@ def test_finding_the_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("version", ["v3", "v13"])
-def test_a_model_s_folder_keeps_its_tokenizer_there_and_back(version, folder, tmp_path):
+def test_a_folder_keeps_its_tokenizer_there_and_back(version: str, folder: Path, tmp_path: Path) -> None:
     source = raw_file(version, folder)
     params = {**COMMON, "vocab_size": 32768}
     raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
@@ -259,9 +276,9 @@ def test_a_model_s_folder_keeps_its_tokenizer_there_and_back(version, folder, tm
     assert checks["tokenizer"].ok is False
 
 
-def test_a_tokenizer_that_is_too_large_for_the_model(tmp_path):
+def test_a_tokenizer_that_is_too_large_for_the_model_is_refused(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
     shutil.copyfile(REAL["v3"], raw / "tokenizer.model.v3")
-    with pytest.raises(ValueError, match="has 32768 tokens, the model 80"):
+    with pytest.raises(ValueError, match="has 32768 tokens, but the model has 80"):
         convert_raw_to_hf(raw, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]

@@ -1,4 +1,4 @@
-"""Synthetic raw checkpoints of every generation's layout, an independent forward pass, and a child process to kill."""
+"""Synthetic raw checkpoints of every generation, an independent forward pass, and child processes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 SIZES = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16, "hidden_dim": 96, "vocab_size": 80}
 COMMON = {**SIZES, "norm_eps": 1e-5, "rope_theta": 1e6, "max_seq_len": 256}
+TOKENS = [1, 7, 33, 2, 60, 5, 5, 71, 12, 40, 3, 9, 77, 21, 50, 4]  # ids within the vocabulary of each
 YARN = {"original_max_position_embeddings": 16, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1}
 
 GENERATIONS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def raw_tensors(
 def write_raw(
     folder: Path, params: dict[str, Any], tensors: dict[str, torch.Tensor], layout: str = "safetensors"
 ) -> Path:
-    """Write a raw folder: layout `safetensors`, `pth`, `pth-2` (two tensor-parallel ranks) or `sharded`."""
+    """Write a raw folder: ``safetensors``, ``pth``, ``pth-2`` (two tensor-parallel ranks) or ``sharded``."""
     folder.mkdir(parents=True)
     (folder / "params.json").write_text(json.dumps(params))
     if layout == "safetensors":
@@ -81,6 +82,21 @@ def write_raw(
     return folder
 
 
+def write_raw_lora(folder: Path, rank: int = 4) -> dict[str, torch.Tensor]:
+    """Write a raw LoRA folder for the model `COMMON`, with scale 0.5, and return its tensors."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, weight in raw_tensors(COMMON, torch.float32).items():
+        if weight.dim() == 2 and name.startswith("layers"):
+            base = name.removesuffix(".weight")
+            tensors[f"{base}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
+            tensors[f"{base}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=generator)
+    folder.mkdir()
+    save_file(tensors, folder / "lora.safetensors")
+    (folder / "params.json").write_text(json.dumps({**COMMON, "lora": {"rank": rank, "scaling": 0.5}}))
+    return tensors
+
+
 def parallel_part(tensors: dict[str, torch.Tensor], rank: int, ranks: int) -> dict[str, torch.Tensor]:
     """One rank's part: rows of q, k, v, w1, w3 and the head, columns of o, w2 and the embeddings, all of a norm."""
     columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
@@ -91,7 +107,7 @@ def parallel_part(tensors: dict[str, torch.Tensor], rank: int, ranks: int) -> di
 
 
 def reference_logits(tensors: dict[str, torch.Tensor], params: dict[str, Any], tokens: list[int]) -> torch.Tensor:
-    """`[S, V]` logits in float64: the raw model written out position by position, with nothing clever in it."""
+    """``[S, V]`` logits in float64: the raw model, one position and one head at a time."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
     heads, kv_heads, dim = params["n_heads"], params["n_kv_heads"], params["head_dim"]
     window = params.get("sliding_window") or params.get("max_seq_len", 1 << 30)
@@ -125,7 +141,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _rope(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Interleaved RoPE on `[S, H, D]`: pair i of position s turns by `s * theta ** (-2 i / D)`."""
+    """Interleaved RoPE on ``[S, H, D]``: pair i at position s is rotated by ``s * theta ** (-2 i / D)``."""
     out = torch.empty_like(x)
     for s in range(x.shape[0]):
         for i in range(x.shape[-1] // 2):
@@ -137,7 +153,7 @@ def _rope(x: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def in_child(function: Callable[[], object]) -> int:
-    """Run a function in a forked process and return its exit code: 1 for an error, -9 for a kill."""
+    """Run a function in a forked process and return its exit code: 1 for an error, -9 if it was killed."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,4 +1,4 @@
-"""The tokenizer files that ship with mistral-common, small tekken files of the later versions, and converted ones."""
+"""The tokenizer files in mistral-common, small tekken files of the later versions, and converted ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VERSIONS = [*REAL, "v7-tekken", "v11", "v13"]
 
 @lru_cache
 def raw_file(version: str, folder: Path) -> Path:
-    """A raw tokenizer of this version; versions without a real file get tekken's first tokens."""
+    """A raw tokenizer of this version; where there is no real file, one of tekken's first tokens."""
     if version in REAL:
         return REAL[version]
     content = json.loads(REAL["v3-tekken"].read_text())
@@ -52,13 +52,13 @@ def raw_file(version: str, folder: Path) -> Path:
 
 @lru_cache
 def reference(version: str, folder: Path, mode: ValidationMode = ValidationMode.agnostic) -> MistralTokenizer:
-    """mistral-common's own tokenizer."""
+    """The tokenizer of mistral-common."""
     return MistralTokenizer.from_file(raw_file(version, folder), mode=mode)
 
 
 @lru_cache
 def converted(version: str, folder: Path) -> PreTrainedTokenizerBase:
-    """Ours, loaded by AutoTokenizer from the converted files."""
+    """The converted tokenizer, loaded by ``AutoTokenizer``."""
     target = folder / f"{version}-converted"
     target.mkdir()
     convert_tokenizer(raw_file(version, folder), target)

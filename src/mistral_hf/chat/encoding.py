@@ -1,4 +1,4 @@
-"""Encoding conversations so that no control token can be smuggled in."""
+"""Encoding conversations so that text cannot bring in control tokens."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ def encode_conversation(
     continue_final_message: bool = False,
     **template_arguments: Any,
 ) -> list[int]:
-    """Encode a conversation so that the only control tokens are those that the template writes itself.
+    """Encode a conversation so that the only control tokens are those that the template writes.
 
-    `tokenizer.apply_chat_template` renders one string and encodes it, so an `[INST]` or `</s>` inside a message, a
-    tool's result or its description becomes the control token. Here it stays text, as in Mistral's own tokenizer,
-    whose ids these are.
+    ``tokenizer.apply_chat_template`` renders one string and encodes it, so an ``[INST]`` or ``</s>`` in a message, in a
+    tool's result or in its description becomes the control token. Here it stays text, and the ids are those of
+    Mistral's own tokenizer.
 
     Args:
         tokenizer: A converted Mistral tokenizer.
-        messages: As for `apply_chat_template`.
-        tools: As for `apply_chat_template`.
-        add_generation_prompt: As for `apply_chat_template`.
-        continue_final_message: As for `apply_chat_template`.
+        messages: As for ``apply_chat_template``.
+        tools: As for ``apply_chat_template``.
+        add_generation_prompt: As for ``apply_chat_template``.
+        continue_final_message: As for ``apply_chat_template``.
         **template_arguments: More variables for the template.
 
     Returns:
-        The token ids, beginning with that of `<s>`.
+        The token ids, beginning with that of ``<s>``.
+
+    Raises:
+        jinja2.TemplateError: The template refuses the conversation.
     """
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -67,12 +70,13 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _unused_character(value: Any) -> str:
-    """A private-use character that occurs in no string of a nested value."""
+    """A character for private use that no string of a nested value contains."""
     used = set(_characters(value))
     return next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
 
 
 def _characters(value: Any) -> set[str]:
+    """All characters in the strings and keys of a nested value."""
     if isinstance(value, str):
         return set(value)
     if isinstance(value, Mapping):
@@ -83,7 +87,7 @@ def _characters(value: Any) -> set[str]:
 
 
 def _marked(value: Any, pattern: re.Pattern[str], mark: str) -> Any:
-    """Put the mark behind the first character of every control token in a nested value's strings and keys."""
+    """Insert the mark after the first character of every control token in a nested value's strings and keys."""
     if isinstance(value, str):
         return pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], value)
     if isinstance(value, Mapping):

@@ -8,6 +8,7 @@ from typing import Any
 
 Message = Mapping[str, Any]
 
+# The tokenizer versions with a chat template; a version writes the same with either kind of tokenizer.
 TEMPLATES = {
     "v1": "v1.jinja",
     "v2": "v2.jinja",
@@ -18,26 +19,26 @@ TEMPLATES = {
     "v11": "v11.jinja",
     "v13": "v13.jinja",
 }
-"""The tokenizer versions with a chat template. A version writes the same with either kind of tokenizer."""
 
 
 def get_chat_template(version: str) -> str:
     """The Jinja chat template for a tokenizer version.
 
-    It renders what Mistral's own tokenizer encodes for the same conversation, and raises for the conversations that
-    that one refuses. The assistant's parts are marked for `return_assistant_tokens_mask=True`.
+    It renders the text that Mistral's own tokenizer encodes for the same conversation, and raises an error for the
+    conversations that Mistral's tokenizer refuses. The assistant's parts are marked for
+    ``return_assistant_tokens_mask=True``.
 
     Args:
-        version: One of `TEMPLATES`, such as `"v3"` or `"v7-tekken"`.
+        version: One of `TEMPLATES`, such as ``"v3"`` or ``"v7-tekken"``.
 
     Returns:
-        The template's text, for `tokenizer.chat_template`.
+        The template's text, for ``tokenizer.chat_template``.
 
     Raises:
-        ValueError: If there is none for this version.
+        ValueError: There is no template for this version.
     """
     if version not in TEMPLATES:
-        raise ValueError(f"no chat template for version {version!r}: there are {', '.join(TEMPLATES)}")
+        raise ValueError(f"There is no chat template for version {version!r}: give one of {', '.join(TEMPLATES)}.")
     folder = Path(__file__).with_name("templates")
     number = version.removesuffix("-tekken").removeprefix("v")
     parts = [(folder / name).read_text("utf-8") for name in ("turns.jinja", TEMPLATES[version])]
@@ -50,20 +51,21 @@ def validate_conversation(
     """Check a conversation against the rules of a tokenizer version.
 
     Args:
-        messages: Dictionaries with `role`, `content`, `tool_calls` and so on, as `apply_chat_template` takes them.
+        messages: Dictionaries with ``role``, ``content``, ``tool_calls`` and so on, as ``apply_chat_template`` takes
+            them.
         version: One of `TEMPLATES`.
-        tools: JSON schemas of the tools, or functions to make them of.
-        to_answer: Whether the model is to answer, so that the last message cannot be the assistant's.
+        tools: JSON schemas of the tools, or functions to derive them from.
+        to_answer: Whether the model answers next, so that the last message cannot be the assistant's.
 
     Raises:
-        ValueError: If roles follow each other in a wrong order, tool results do not match calls, an id or a function
-            name is malformed, or content is missing or of a wrong type.
+        ValueError: Roles are in a wrong order, tool results do not match calls, an id or a function name is malformed,
+            or content is missing or of a wrong type.
     """
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
     if not messages:
-        raise ValueError("a conversation must have at least one message")
+        raise ValueError("A conversation must have at least one message.")
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     try:
         render_jinja_template(
@@ -75,4 +77,4 @@ def validate_conversation(
             eos_token="</s>",
         )
     except TemplateError as error:
-        raise ValueError(f"invalid conversation for version {version}: {error}") from error
+        raise ValueError(f"Invalid conversation for version {version}: {error}") from error

@@ -1,12 +1,15 @@
-"""Whole checkpoint folders for the JAX and TensorFlow ports: finding, matching with a model, and saving."""
+"""Whole checkpoint folders for the JAX and TensorFlow ports: finding them, matching them with a model, saving."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +20,27 @@ from transformers import GenerationConfig
 from ..compatibility import BASE_PREFIX, HEADS, CheckpointError, check_decoder_weights
 from ..configuration_mistral import MistralConfig
 from .reader import Array, Checkpoint, Shape, open_checkpoint
-from .writer import LazyTensor, atomic_folder, write_checkpoint
+from .writer import MANIFEST, LazyTensor, atomic_folder, write_checkpoint, write_manifest
 
 logger = logging.getLogger(__name__)
 _HUB_FILES = ("*.json", "*.safetensors")
+# Weights that a loader may find in a folder, with or without ".index.json"; beside new ones they would be stale.
+_WEIGHT_FILES = (
+    *("model*.safetensors", "pytorch_model*.bin", "tf_model*.h5", "flax_model*.msgpack"),
+    *("consolidated*.safetensors", "consolidated*.pth"),
+)
 
 
 def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
-    """The folder of a checkpoint; one on the hub is downloaded, or found in the hub's cache.
+    """The folder of a checkpoint; one on the hub is downloaded, or taken from the cache of the hub's library.
 
     Args:
         name_or_path: A folder, or an id on the hub.
-        **hub_options: Of `huggingface_hub.snapshot_download`: `revision`, `token`, `cache_dir`, `local_files_only`, ...
+        **hub_options: Of ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``,
+            ``local_files_only``, ...
 
     Raises:
-        FileNotFoundError: There is neither such a folder nor such a model on the hub, or it cannot be reached.
+        FileNotFoundError: There is neither such a folder nor such a model on the hub, or the hub cannot be reached.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -40,18 +49,18 @@ def locate(name_or_path: str | Path, **hub_options: Any) -> Path:
         return Path(snapshot_download(str(name_or_path), allow_patterns=list(_HUB_FILES), **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{str(name_or_path)!r} is no folder here, and no model that the hub gives ({error}). Check the name;"
-            " a gated model needs `hf auth login`."
+            f"{str(name_or_path)!r} is neither a folder nor a model that can be downloaded ({error}). Check the name; a"
+            " gated model needs `hf auth login`."
         ) from error
 
 
 @dataclass(frozen=True)
-class Weights:
+class MatchedWeights:
     """The tensors of a checkpoint by the names of the model that they load into.
 
     Attributes:
-        missing: Head weights that the checkpoint lacks: to be initialised afresh.
-        unexpected: Head weights that the model has no place for.
+        missing: Head weights that the checkpoint lacks, and that need initial values.
+        unexpected: Head weights that the model does not have.
     """
 
     missing: tuple[str, ...]
@@ -66,16 +75,19 @@ class Weights:
 
 
 @contextmanager
-def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[Weights]:
-    """Match the safetensors files of a folder with a model, of any head or none.
+def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[MatchedWeights]:
+    """Match the safetensors files of a folder with a model, whichever heads the two have.
 
     Args:
         folder: A checkpoint in the Hugging Face format.
-        wanted: The model's tensors, by their Hugging Face names (with the prefix ``model.`` unless it is a bare
-            `MistralModel`); a tied output layer is left out.
+        wanted: Shapes of the model's tensors, by their Hugging Face names (with the prefix ``model.`` unless it is a
+            bare `MistralModel`); a tied output layer is left out.
+
+    Yields:
+        The tensors that model and checkpoint share; a warning names the others.
 
     Raises:
-        CheckpointError: Weights of the decoder are missing, or unknown, or have another shape.
+        CheckpointError: Weights of the decoder are missing or unknown, or a tensor has another shape.
     """
     with open_checkpoint(folder) as checkpoint:
         names, unexpected = _match(checkpoint, wanted)
@@ -85,17 +97,17 @@ def open_weights(folder: str | Path, wanted: Mapping[str, Shape]) -> Iterator[We
             if checkpoint[stored].shape != tuple(wanted[name]):
                 raise CheckpointError(
                     f"{folder}: {stored} has shape {checkpoint[stored].shape}, but the configuration says"
-                    f" {tuple(wanted[name])}: config.json and weights do not belong together."
+                    f" {tuple(wanted[name])}: config.json and the weights do not belong together."
                 )
         if missing:
-            logger.warning("%s lacks %s: newly initialised, to be trained.", folder, ", ".join(missing))
+            logger.warning("%s lacks %s: initialised at random, so train them.", folder, ", ".join(missing))
         if unexpected:
-            logger.warning("%s has %s, which this model has no place for.", folder, ", ".join(unexpected))
-        yield Weights(tuple(missing), tuple(unexpected), names, checkpoint)
+            logger.warning("%s has %s, which this model does not have: left out.", folder, ", ".join(unexpected))
+        yield MatchedWeights(tuple(missing), tuple(unexpected), names, checkpoint)
 
 
 def _match(found: Collection[str], wanted: Collection[str]) -> tuple[dict[str, str], list[str]]:
-    """Wanted names with those they are stored under, and the stored names that are left over."""
+    """The wanted names, each with its name in the checkpoint, and the names in the checkpoint that are left over."""
     theirs, ours = (any(name.startswith(BASE_PREFIX) for name in names) for names in (found, wanted))
 
     def translate(name: str) -> str:
@@ -118,27 +130,54 @@ def save_folder(
     dtype: str,
     max_shard_size: int | str = "50GB",
 ) -> None:
-    """Write a checkpoint that every framework loads; a folder that is there already is replaced, not mixed with it.
+    """Write a checkpoint that every framework loads.
+
+    A checkpoint that is there already is replaced. Its other files and folders stay (tokenizer, model card,
+    ``original/``), its weights of any format do not, and its manifest, if it has one, is written again.
 
     Args:
         folder: The target, which appears only when it is complete.
         config: The model's configuration.
-        generation_config: Defaults of `generate`, or None.
+        generation_config: Defaults of ``generate``, or None.
         tensors: The weights, by their Hugging Face names.
         architecture: The PyTorch class of this model, such as ``"MistralForCausalLM"``.
         dtype: Of the weights, such as ``"bfloat16"``.
-        max_shard_size: As of `output.write_checkpoint`.
+        max_shard_size: As of `write_checkpoint`.
+
+    Raises:
+        FileExistsError: The folder holds something other than a checkpoint in the Hugging Face format.
     """
     fields = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
     fields.pop("_name_or_path", None)
-    target = Path(folder)
-    kept = [path for path in target.iterdir() if path.is_file()] if target.is_dir() else []
     needs = sum(tensor.info.nbytes for tensor in tensors)
-    with atomic_folder(folder, overwrite=any(target.glob("config.json")), needs_bytes=needs) as work:
-        write_checkpoint(work, tensors, max_shard_size=max_shard_size)
+    with atomic_folder(folder, overwrite=True, marks=("config.json",), needs_bytes=needs) as work:
+        digests = write_checkpoint(work, tensors, max_shard_size=max_shard_size)
         (work / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         if generation_config is not None:
             generation_config.save_pretrained(work)
-        for path in kept:
-            if not (path.name.startswith("model") and ".safetensors" in path.name) and not (work / path.name).exists():
-                (work / path.name).write_bytes(path.read_bytes())
+        _keep_other_files(Path(folder), work)
+        if (Path(folder) / MANIFEST).is_file():
+            write_manifest(work, digests)
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    """Put the files and folders of a checkpoint that are not weights into the one that replaces it."""
+    for path in old.iterdir() if old.is_dir() else ():
+        target = new / path.name
+        is_weights = any(fnmatch(path.name.removesuffix(".index.json"), pattern) for pattern in _WEIGHT_FILES)
+        if is_weights or path.name == MANIFEST or target.exists():
+            continue
+        if path.is_symlink():
+            target.symlink_to(path.readlink())
+        elif path.is_dir():
+            shutil.copytree(path, target, symlinks=True, copy_function=_link_or_copy)
+        elif path.is_file():
+            _link_or_copy(path, target)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file a second name, which costs nothing and outlives the first; copy it where links are not possible."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,6 +1,6 @@
 """Reading checkpoints as a stream: one tensor in memory at a time, whatever the checkpoint's size.
 
-Framework-free (NumPy arrays, bfloat16 through `ml_dtypes`); PyTorch is imported only to read a `.pth` file.
+Tensors are NumPy arrays (bfloat16 through ``ml_dtypes``); PyTorch is imported only to read a ``.pth`` file.
 
     with open_checkpoint("model-folder") as checkpoint:
         for name, info in checkpoint.items():
@@ -13,6 +13,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +26,7 @@ from ..compatibility import CheckpointError
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
 
-DTYPES = {
+DTYPES = {  # names of a safetensors header, with those of NumPy and ml_dtypes
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -43,31 +44,46 @@ DTYPES = {
     "BOOL": "bool",
 }
 
-_MAX_HEADER = 100_000_000
-_CHUNK = 1 << 22
+_MAX_HEADER = 100_000_000  # bytes
+_CHUNK = 1 << 22  # bytes of a piece of `stream`
 
 
 class TensorInfo(NamedTuple):
-    """What a checkpoint says of a tensor before reading it."""
+    """Dtype and shape of a tensor, which are known before it is read.
+
+    Attributes:
+        dtype: A name of NumPy or ``ml_dtypes``, such as ``"bfloat16"``.
+        shape: The shape.
+    """
 
     dtype: str
-    """A NumPy or `ml_dtypes` name, such as `"bfloat16"`."""
     shape: Shape
 
     @property
     def nbytes(self) -> int:
+        """Size of the values in bytes."""
         return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
-    """The NumPy dtype of this name; bfloat16 and the 8-bit floats come from `ml_dtypes`."""
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
+    """The NumPy dtype of a name; bfloat16 and the 8-bit floats come from ``ml_dtypes``.
 
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-        return dtype
+    Raises:
+        ImportError: The dtype needs ``ml_dtypes``, which is not installed.
+        CheckpointError: There is no such dtype.
+    """
+    with suppress(TypeError):
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Tensors in {name} need ml_dtypes, which is not installed: pip install 'mistral_hf[convert]' brings it."
+        ) from error
+    if not hasattr(ml_dtypes, name):
+        raise CheckpointError(f"The dtype {name!r} is not supported: save the checkpoint in another one.")
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -76,25 +92,33 @@ def same_bits(a: Array, b: Array) -> bool:
 
 
 def as_bytes(array: Array) -> npt.NDArray[np.uint8]:
-    """The bytes of an array's values in row order, without a copy if they lie so."""
+    """The bytes of an array's values in row order, without a copy if the array is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 class _File(Protocol):
-    """One file, or one set of tensor-parallel files: what a checkpoint is put together from."""
+    """One file, or one set of tensor-parallel files; a checkpoint consists of one or more."""
 
     infos: dict[str, TensorInfo]
 
-    def read(self, name: str) -> Array: ...
-    def stream(self, name: str) -> Iterator[memoryview]: ...
-    def close(self) -> None: ...
+    def read(self, name: str) -> Array:
+        """The values of one tensor."""
+
+    def stream(self, name: str) -> Iterator[memoryview]:
+        """The bytes of one tensor in pieces."""
+
+    def close(self) -> None:
+        """Close the file."""
 
 
 class SafetensorsFile:
-    """One safetensors file, read with plain `read` calls.
+    """One safetensors file, read without memory mapping.
 
-    Nothing is mapped, so a file that is cut short while it is read raises instead of killing the process, and the
-    pages that were read do not count as the process's memory.
+    So a file that is truncated while it is read raises an error instead of killing the process, and the pages that were
+    read do not count as the process's memory.
+
+    Raises:
+        CheckpointError: The file is not a safetensors file, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -115,7 +139,7 @@ class SafetensorsFile:
         array = np.empty(info.nbytes, np.uint8)
         self._file.seek(self._start + self._offsets[name])
         if self._file.readinto(array.data) != info.nbytes:
-            raise CheckpointError(f"{self.path} ended while reading {name}: it is truncated; copy it again")
+            raise CheckpointError(f"{self.path} ended while {name} was read: it is truncated; copy it again.")
         return array.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
     def stream(self, name: str) -> Iterator[memoryview]:
@@ -127,7 +151,7 @@ class SafetensorsFile:
             chunk = memoryview(self._buffers[0])[: min(left, _CHUNK)]
             self._file.seek(position)
             if self._file.readinto(chunk) != len(chunk):
-                raise CheckpointError(f"{self.path} ended while reading {name}: it is truncated; copy it again")
+                raise CheckpointError(f"{self.path} ended while {name} was read: it is truncated; copy it again.")
             left, position = left - len(chunk), position + len(chunk)
             yield chunk
 
@@ -140,30 +164,34 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
-        raise CheckpointError(f"{path} is no safetensors file, or is cut off within its header; copy it again")
+        raise CheckpointError(f"{path} is not a safetensors file, or its header is truncated; copy it again.")
     try:
         header: dict[str, Any] = json.loads(file.read(length))
         ends = [_check_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); copy it again") from error
+        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); copy it again.") from error
     if 8 + length + max(ends, default=0) != size:
         expected = 8 + length + max(ends, default=0)
-        raise CheckpointError(f"{path} has {size} bytes, but its header says {expected}: truncated; copy it again")
+        raise CheckpointError(f"{path} has {size} bytes, but its header needs {expected}: truncated; copy it again.")
     return header, 8 + length
 
 
 def _check_entry(name: str, entry: dict[str, Any]) -> int:
-    """Check one tensor's entry in a header and return where its data end."""
+    """Check one tensor's entry in a header and return the end of its data."""
     start, end = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not supported")
     if start < 0 or end - start != TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"])).nbytes:
-        raise ValueError(f"{name} has a size other than its shape's")
+        raise ValueError(f"the size of {name} is not that of its shape")
     return int(end)
 
 
 class TorchFile:
-    """One `.pth` file, memory-mapped; only tensors are unpickled, never objects."""
+    """One ``.pth`` file, memory-mapped; only tensors are unpickled, never objects.
+
+    Raises:
+        CheckpointError: The file holds more than a dictionary of tensors, is truncated, or cannot be memory-mapped.
+    """
 
     def __init__(self, path: Path) -> None:
         import pickle
@@ -174,12 +202,14 @@ class TorchFile:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
-            raise CheckpointError(f"{path} holds more than tensors and is refused; use a safetensors file") from error
+            raise CheckpointError(f"{path} holds more than tensors, so it is refused: use safetensors.") from error
         except (RuntimeError, ValueError, EOFError, OSError) as error:
-            remedy = "it is truncated, or in the old format of PyTorch < 1.6; copy it again or save it anew"
-            raise CheckpointError(f"{path} cannot be memory-mapped ({error}): {remedy}") from error
+            raise CheckpointError(
+                f"{path} cannot be memory-mapped ({error}): it is truncated, or in the format of PyTorch < 1.6; copy it"
+                " again, or save it with a newer release."
+            ) from error
         if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise CheckpointError(f"{path} is no dictionary of tensors, so it is no checkpoint")
+            raise CheckpointError(f"{path} is not a dictionary of tensors: save the model's state_dict.")
         self._tensors: dict[str, Any] = tensors
         self.infos = {k: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
 
@@ -198,13 +228,16 @@ class TorchFile:
 
 
 class TensorParallelFiles:
-    """The files of several tensor-parallel ranks, read as if they were one.
+    """The files of several tensor-parallel ranks, read as one.
 
-    A tensor is cut along the axis in which a rank's shape falls short of the whole; norms are on every rank alike.
+    A tensor is cut along the axis in which a rank's shape differs from the whole one; all ranks have the same norms.
 
     Args:
-        ranks: One file a rank, in order.
+        ranks: One file for each rank, in order.
         shapes: The shapes of the whole tensors.
+
+    Raises:
+        CheckpointError: The ranks hold different tensors, or their parts do not add up to the whole ones.
     """
 
     def __init__(self, ranks: Sequence[TorchFile | SafetensorsFile], shapes: Mapping[str, Shape]) -> None:
@@ -215,21 +248,14 @@ class TensorParallelFiles:
         for rank in ranks[1:]:
             if set(rank.infos) != names:
                 odd = sorted(names ^ set(rank.infos))[0]
-                raise CheckpointError(f"{rank.path} and {ranks[0].path} are no ranks of one model: only one has {odd}")
-        for name in ranks[0].infos:
-            self._place(name, shapes.get(name))
-
-    def _place(self, name: str, whole: Shape | None) -> None:
-        parts = [rank.infos[name].shape for rank in self._ranks]
-        whole = parts[0] if whole is None else whole
-        cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
-        axis = self._axes[name] = cut[0] if cut else None
-        joined = parts[0]
-        if axis is not None:
-            joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
-        if joined != whole:
-            raise CheckpointError(f"{name}: the ranks' shapes {parts} do not make up {whole}: is a rank missing?")
-        self.infos[name] = TensorInfo(self._ranks[0].infos[name].dtype, whole)
+                raise CheckpointError(
+                    f"{rank.path} and {ranks[0].path} are not ranks of one model: only one of them has {odd}."
+                )
+        for name, info in ranks[0].infos.items():
+            parts = [rank.infos[name].shape for rank in ranks]
+            whole = shapes.get(name, parts[0])
+            self._axes[name] = _axis_of(name, parts, whole)
+            self.infos[name] = TensorInfo(info.dtype, whole)
 
     def read(self, name: str) -> Array:
         axis = self._axes[name]
@@ -238,7 +264,7 @@ class TensorParallelFiles:
         first = self._ranks[0].read(name)
         for rank in self._ranks[1:]:
             if not same_bits(rank.read(name), first):
-                raise CheckpointError(f"{name} should be the same on every rank, but {rank.path} has other values")
+                raise CheckpointError(f"{name} must be the same on every rank, but {rank.path} has other values.")
         return first
 
     def stream(self, name: str) -> Iterator[memoryview]:
@@ -249,8 +275,26 @@ class TensorParallelFiles:
             rank.close()
 
 
+def _axis_of(name: str, parts: Sequence[Shape], whole: Shape) -> int | None:
+    """The axis along which the ranks hold parts of a tensor; None if every rank holds all of it."""
+    cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
+    axis = cut[0] if cut else None
+    joined = parts[0]
+    if axis is not None:
+        joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
+    if joined != whole:
+        raise CheckpointError(
+            f"{name}: the shapes {parts} of the ranks do not add up to {whole}: add the missing ones."
+        )
+    return axis
+
+
 class Checkpoint(Mapping[str, TensorInfo]):
-    """The tensors of a checkpoint: a mapping of names to `TensorInfo`, with `read(name)` for one tensor's values."""
+    """The tensors of a checkpoint: a mapping of names to `TensorInfo`, with ``read(name)`` for one tensor's values.
+
+    Raises:
+        CheckpointError: Two files hold a tensor of the same name.
+    """
 
     def __init__(self, files: Sequence[_File]) -> None:
         self._files = files
@@ -258,7 +302,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         for file in files:
             for name in file.infos:
                 if name in self._owner:
-                    raise CheckpointError(f"tensor {name} is in two files of the checkpoint: remove the stale one")
+                    raise CheckpointError(f"The tensor {name} is in two files of the checkpoint: remove the stale one.")
                 self._owner[name] = file
 
     def __getitem__(self, name: str) -> TensorInfo:
@@ -281,11 +325,12 @@ class Checkpoint(Mapping[str, TensorInfo]):
         return self._owner[name].read(name)
 
     def stream(self, name: str) -> Iterator[memoryview]:
-        """The bytes of one tensor in pieces, each unchanged until the next but one is asked for."""
+        """The bytes of one tensor in pieces, each of which stays unchanged until the next but one is read."""
         return self._owner[name].stream(name)
 
     @property
     def shapes(self) -> dict[str, Shape]:
+        """The shape of every tensor, as a new dictionary."""
         return {name: info.shape for name, info in self.items()}
 
     def close(self) -> None:
@@ -299,11 +344,12 @@ def open_checkpoint(folder: str | Path, stem: str = "model", shapes: Mapping[str
 
     Args:
         folder: The checkpoint's folder.
-        stem: `"model"` for the Hugging Face files, `"consolidated"` for the raw ones, `"adapter_model"`, `"lora"`.
-        shapes: The shapes of the whole tensors; needed to merge several `consolidated.NN.pth`.
+        stem: ``"model"`` for Hugging Face files, ``"consolidated"`` for raw ones, ``"adapter_model"`` or ``"lora"`` for
+            adapters.
+        shapes: The shapes of the whole tensors; needed to merge several ``consolidated.NN.pth``.
 
     Raises:
-        CheckpointError: If there are no weights, a shard is missing, a file is truncated, or the index is wrong.
+        CheckpointError: There are no weights, a shard is missing, a file is truncated, or the index is wrong.
     """
     folder = Path(folder)
     index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
@@ -311,9 +357,9 @@ def open_checkpoint(folder: str | Path, stem: str = "model", shapes: Mapping[str
     found = [path for path in (index, single, *ranks[:1]) if path.exists()]
     if not found:
         have = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise CheckpointError(f"{folder} holds no {single.name}, {index.name} or {stem}.00.pth ({have})")
+        raise CheckpointError(f"{folder} holds no {single.name}, {index.name} or {stem}.00.pth ({have}).")
     if len(found) > 1:
-        raise CheckpointError(f"{folder} holds both {found[0].name} and {found[1].name}: remove the one not meant")
+        raise CheckpointError(f"{folder} holds both {found[0].name} and {found[1].name}: remove one of them.")
     if ranks:
         return Checkpoint([_open_ranks(ranks, stem, shapes or {})])
     return _open_shards(index) if index.exists() else Checkpoint([SafetensorsFile(single)])
@@ -322,7 +368,9 @@ def open_checkpoint(folder: str | Path, stem: str = "model", shapes: Mapping[str
 def _open_ranks(paths: list[Path], stem: str, shapes: Mapping[str, Shape]) -> _File:
     for number, path in enumerate(paths):
         if path.name != f"{stem}.{number:02d}.pth":
-            raise CheckpointError(f"{path.parent} has {path.name} but lacks {stem}.{number:02d}.pth: a rank is missing")
+            raise CheckpointError(
+                f"{path.parent} has {path.name} but lacks {stem}.{number:02d}.pth, the file of one rank: copy it too."
+            )
     ranks = [TorchFile(path) for path in paths]
     return ranks[0] if len(ranks) == 1 else TensorParallelFiles(ranks, shapes)
 
@@ -331,16 +379,18 @@ def _open_shards(index: Path) -> Checkpoint:
     try:
         weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is no index of shards ({error!r}); copy it again") from error
+        raise CheckpointError(f"{index} is not an index of shards ({error!r}); copy it again.") from error
     names = sorted(set(weight_map.values()))
     if bad := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index} points outside its folder: {bad[0]!r}")
+        raise CheckpointError(f"{index} points outside its folder, to {bad[0]!r}: it is refused.")
     if missing := [name for name in names if not (index.parent / name).exists()]:
-        raise CheckpointError(f"{index.parent} lacks the shard {missing[0]} ({len(missing)} of {len(names)} missing)")
+        raise CheckpointError(
+            f"{index.parent} lacks the shard {missing[0]} ({len(missing)} of {len(names)} missing): copy it too."
+        )
     files = {name: SafetensorsFile(index.parent / name) for name in names}
     checkpoint = Checkpoint(list(files.values()))
     held = {tensor: name for name, file in files.items() for tensor in file.infos}
     if wrong := sorted(tensor for tensor, _ in held.items() ^ weight_map.items()):
         checkpoint.close()
-        raise CheckpointError(f"{index} is wrong about {wrong[0]}: index and shards do not belong together")
+        raise CheckpointError(f"{index} is wrong about {wrong[0]}: index and shards do not belong together.")
     return checkpoint

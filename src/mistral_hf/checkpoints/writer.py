@@ -1,4 +1,4 @@
-"""Writing checkpoints: tensors as a stream, folders that appear only when complete, and their checksums.
+"""Writing checkpoints: tensors as a stream, folders that appear only when they are complete, and their checksums.
 
 with atomic_folder("model-folder") as folder:
     digests = write_checkpoint(folder, tensors, max_shard_size="5GB")
@@ -21,24 +21,31 @@ from typing import Any, NamedTuple
 from ..compatibility import CheckpointError
 from .reader import DTYPES, Array, TensorInfo, as_bytes, numpy_dtype
 
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all)."""
+Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 
 MANIFEST = "manifest.json"
 _PAGE = 4096
-_PIECE = 1 << 18  # larger writes ask the system for large free blocks of memory, smaller ones reuse what was just freed
+_PIECE = 1 << 18  # bytes; larger writes need large free blocks of memory, smaller ones reuse what was just freed
 _CODES = {name: code for code, name in DTYPES.items()}
-_CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
+# A folder that holds one of these looks like a checkpoint, and may be replaced.
+CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
 
 
 class LazyTensor(NamedTuple):
-    """A tensor to write: its values are asked for when their turn comes."""
+    """A tensor to write, whose values are read when they are written.
+
+    Attributes:
+        name: Its name in the file.
+        info: Its dtype and shape.
+        read: Returns the values.
+        stream: Replaces `read` if given: yields the bytes in pieces, each of which stays unchanged until the next but
+            one is read.
+    """
 
     name: str
     info: TensorInfo
     read: Callable[[], Array]
     stream: Callable[[], Iterator[memoryview]] | None = None
-    """Used in place of `read` if given: the bytes in pieces, each unchanged until the next but one is asked for."""
 
 
 def write_checkpoint(
@@ -53,13 +60,18 @@ def write_checkpoint(
 
     Args:
         folder: An existing folder; see `atomic_folder` for one that appears only when complete.
-        tensors: What to write, in order.
-        stem: The files' name: `stem.safetensors`, or `stem-00001-of-00003.safetensors` and so on with an index.
-        max_shard_size: In bytes or such as `"5GB"`; None for one file. A larger tensor gets a shard of its own.
-        progress: Called after each tensor.
+        tensors: The tensors, in the order of the file.
+        stem: First part of the file names: ``stem.safetensors``, or ``stem-00001-of-00003.safetensors`` and so on with
+            an index.
+        max_shard_size: In bytes or such as ``"5GB"``; None for one file. A larger tensor gets its own shard.
+        progress: Called after each piece that was written.
 
     Returns:
-        The SHA-256 of each file with weights.
+        The SHA-256 of each file with weights, by file name.
+
+    Raises:
+        ValueError: `max_shard_size` cannot be read.
+        CheckpointError: A tensor has another dtype or shape than announced.
     """
     folder = Path(folder)
     shards = _plan_shards(tensors, parse_size(max_shard_size))
@@ -97,7 +109,7 @@ def _plan_shards(tensors: Sequence[LazyTensor], limit: int | None) -> list[list[
 
 
 def _write_safetensors(path: Path, tensors: Sequence[LazyTensor], report: Callable[[int], None]) -> str:
-    """Lay out the header, then stream the tensors; hashing runs beside writing and reading. Returns the SHA-256."""
+    """Write the header, then stream the tensors, hashing in another thread; return the SHA-256 of the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info, *_ in tensors:
@@ -113,7 +125,7 @@ def _write_safetensors(path: Path, tensors: Sequence[LazyTensor], report: Callab
             hashed: Future[None] | None = None
             for chunk in _chunks(tensors):
                 if hashed is not None:
-                    hashed.result()
+                    hashed.result()  # from here on, the piece that was hashed may be overwritten
                 hashed = hasher.submit(digest.update, chunk)
                 written = _write_all(file, chunk, written)
                 report(len(chunk))
@@ -128,7 +140,7 @@ def _chunks(tensors: Sequence[LazyTensor]) -> Iterator[memoryview]:
             continue
         array = read()
         if array.shape != info.shape or array.dtype != numpy_dtype(info.dtype):
-            raise CheckpointError(f"{name} was announced as {info}, but is {array.dtype} {array.shape}")
+            raise CheckpointError(f"{name} was announced as {info}, but is {array.dtype} {array.shape}.")
         yield as_bytes(array).data
 
 
@@ -138,7 +150,7 @@ def _write_all(file: Any, chunk: bytes | memoryview, position: int) -> int:
     while view:
         view = view[file.write(view[:_PIECE]) :]
     end = position + len(chunk)
-    if hasattr(os, "posix_fadvise"):  # let whole pages go to disk now: their memory is reused, and fsync has less to do
+    if hasattr(os, "posix_fadvise"):  # write whole pages to disk now: their memory is freed, and fsync has less to do
         first, last = position // _PAGE * _PAGE, end // _PAGE * _PAGE
         if last > first:
             os.posix_fadvise(file.fileno(), first, last - first, os.POSIX_FADV_DONTNEED)
@@ -149,34 +161,41 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def parse_size(size: int | str | None) -> int | None:
-    """Bytes from a number or from text such as `"5GB"` or `"512MiB"`; None stays None."""
+    """Bytes from a number or from text such as ``"5GB"`` or ``"512MiB"``; None stays None.
+
+    Raises:
+        ValueError: The text is not a positive whole number with one of these units.
+    """
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or int(match[1]) == 0:
-        raise ValueError(f"cannot read the size {size!r}: say for example '5GB' or '512MiB'")
+        raise ValueError(f"Cannot read the size {size!r}: give for example '5GB' or '512MiB'.")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
 @contextmanager
-def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int = 0) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, *, overwrite: bool = False, marks: Sequence[str] = CHECKPOINT_FILES, needs_bytes: int = 0
+) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends without an error.
 
-    The work happens in `.NAME.incomplete` beside the target. An error removes it; a killed run leaves it, and the
-    next run on the same target clears it. Files are synced to disk before the folder is renamed.
+    Files are written to ``.NAME.incomplete`` beside the target. An error removes that folder; a killed run leaves it,
+    and the next run on the same target clears it. Files are synced to disk before the folder is renamed.
 
     Args:
         path: The target.
         overwrite: Replace a checkpoint folder that is already there.
-        needs_bytes: Refuse at once if the disk has not this much free.
+        marks: File names, one of which a folder must hold to count as a checkpoint.
+        needs_bytes: Free disk space without which nothing is begun.
 
     Yields:
         The temporary folder.
 
     Raises:
-        FileExistsError: If the target exists and is not to be replaced, or does not look like a checkpoint.
-        BlockingIOError: If another run is writing the same target.
-        OSError: If the disk is too small.
+        FileExistsError: The target exists and is not to be replaced, or does not look like a checkpoint.
+        BlockingIOError: Another run is writing the same target.
+        OSError: The disk is too small.
     """
     target = Path(path).absolute()
     work, old = target.with_name(f".{target.name}.incomplete"), target.with_name(f".{target.name}.replaced")
@@ -184,12 +203,11 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int
     with _claim(work, target):
         try:
             _restore(target, old)
-            _check_replaceable(target, overwrite)
+            _check_replaceable(target, overwrite, marks)
             free = shutil.disk_usage(target.parent).free
             if free < needs_bytes:
-                raise OSError(
-                    f"{target.parent} has {free / 1e9:.1f} GB free, but {needs_bytes / 1e9:.1f} GB are needed"
-                )
+                have, need = f"{free / 1e9:.1f} GB free", f"{needs_bytes / 1e9:.1f} GB"
+                raise OSError(f"{target.parent} has {have}, but {need} are needed: make room, or use another disk.")
             yield work
             _sync(work)
             _move(work, target, old)
@@ -199,7 +217,7 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False, needs_bytes: int
 
 @contextmanager
 def _claim(work: Path, target: Path) -> Iterator[None]:
-    """Make an empty `work` folder for this process alone; the system drops the claim when the process ends."""
+    """Make an empty folder `work` for this process alone; the claim ends with the process at the latest."""
     import fcntl
 
     while True:
@@ -210,34 +228,39 @@ def _claim(work: Path, target: Path) -> Iterator[None]:
             if not work.exists() or os.fstat(descriptor).st_ino != work.stat().st_ino:
                 continue  # the run that made it has just finished
             for leftover in work.iterdir():
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                is_folder = leftover.is_dir() and not leftover.is_symlink()
+                shutil.rmtree(leftover) if is_folder else leftover.unlink()
             yield
             return
         except BlockingIOError:
-            raise BlockingIOError(f"another run is writing {target}: wait for it, or stop it") from None
+            raise BlockingIOError(f"Another run is writing {target}: wait for it, or stop it.") from None
         finally:
             os.close(descriptor)
 
 
 def _restore(target: Path, old: Path) -> None:
-    """Undo a replacement that was cut short between its two renames, and clear one that was cut short after them."""
+    """Undo a replacement that was interrupted between its two renames; finish one that was interrupted after them."""
     if old.exists() and not target.exists():
         old.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _check_replaceable(target: Path, overwrite: bool, marks: Sequence[str]) -> None:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
+    if not any((target / name).is_file() for name in marks):
+        raise FileExistsError(
+            f"{target} does not look like a checkpoint (it holds no {' or '.join(marks)}), so it is not replaced:"
+            " remove it yourself, or give another output."
+        )
     if not overwrite:
-        raise FileExistsError(f"{target} exists: give another output, or --overwrite to replace it")
-    if not any((target / name).is_file() for name in _CHECKPOINT_FILES):
-        raise FileExistsError(f"{target} does not look like a checkpoint, so it is not replaced: remove it yourself")
+        raise FileExistsError(f"{target} exists: give another output, or --overwrite to replace it.")
 
 
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            _fsync(path)
 
 
 def _fsync(path: Path) -> None:
@@ -266,39 +289,37 @@ def file_sha256(path: str | Path) -> str:
 
 
 def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
-    """Write `manifest.json`: the size and SHA-256 of every file in the folder.
+    """Write ``manifest.json``: the size and SHA-256 of every file in a folder.
 
     Args:
         folder: The finished folder.
-        known: Checksums that need not be computed again, by file name.
+        known: Checksums that need not be computed again, by file name relative to the folder.
     """
     known = known or {}
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     files = {
-        path.relative_to(folder).as_posix(): {
-            "size": path.stat().st_size,
-            "sha256": known.get(path.name) or file_sha256(path),
-        }
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        name: {"size": path.stat().st_size, "sha256": known.get(name) or file_sha256(path)}
+        for name, path in paths.items()
+        if name != MANIFEST
     }
     (Path(folder) / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
 
 
 def check_manifest(folder: str | Path) -> int:
-    """Compare every file with the folder's `manifest.json`.
+    """Compare every file with the folder's ``manifest.json``.
 
     Returns:
         The number of files that were compared.
 
     Raises:
-        ValueError: If a file is missing or differs; the message names it.
+        ValueError: A file is missing or differs; the message names it.
     """
     folder = Path(folder)
     files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing, but {MANIFEST} lists it")
+            raise ValueError(f"{path} is missing, but {MANIFEST} lists it: copy it too.")
         if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
-            raise ValueError(f"{path} is not the file that {MANIFEST} lists: copy or convert it again")
+            raise ValueError(f"{path} is not the file that {MANIFEST} lists: copy or convert it again.")
     return len(files)

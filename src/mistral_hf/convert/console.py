@@ -1,4 +1,4 @@
-"""What the commands that move weights share: a progress bar over bytes, and errors as one line."""
+"""The terminal side of the commands that move weights: a progress bar over bytes, and errors on one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..checkpoints.writer import Progress
 
 @contextmanager
 def byte_progress() -> Iterator[Progress]:
-    """A progress callback that draws a bar with bytes per second and the time that is left."""
+    """A progress callback that draws a bar with bytes per second and the remaining time, if there is a terminal."""
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=None) as bar:
 
         def report(done: int, total: int) -> None:
@@ -23,11 +23,17 @@ def byte_progress() -> Iterator[Progress]:
         yield report
 
 
+def echo(line: str) -> None:
+    """Print a line above the progress bar."""
+    with tqdm.external_write_mode():
+        typer.echo(line)
+
+
 @contextmanager
-def run() -> Iterator[None]:
-    """Turn an error that explains itself into one line and exit code 1."""
+def exit_on_error() -> Iterator[None]:
+    """Turn an error whose message explains it into one line and exit code 1."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,25 +32,30 @@ from .tensors import (
 from .tokenizer import convert_tokenizer, find_raw_tokenizer
 
 DTYPES = ("float32", "bfloat16", "float16")
+SHARD_SIZE = "5GB"  # of a model in the Hugging Face format, unless another is given
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SPARE_BYTES = 100_000_000
 
 
 class Conversion(NamedTuple):
-    """What a conversion did."""
+    """What a conversion did.
+
+    Attributes:
+        output: The folder that was written.
+        tensors: Number of tensors.
+        nbytes: Size of the tensors in bytes.
+        notes: A line for each thing that the input did not give, or that the output cannot hold.
+    """
 
     output: Path
     tensors: int
     nbytes: int
     notes: list[str]
-    """A line for each thing that the input did not say, or that the output cannot hold."""
 
     def summary(self) -> str:
-        """What a command prints at the end."""
+        """The lines that a command prints at the end."""
         size = f"{self.tensors} tensors, {self.nbytes / 1e9:.3g} GB"
-        return "\n".join(
-            [*(f"note: {note}" for note in self.notes), f"{self.output}: {size}, every file in manifest.json"]
-        )
+        return "\n".join([*(f"note: {note}" for note in self.notes), f"{self.output}: {size}, listed in manifest.json"])
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -62,7 +68,7 @@ def convert_raw_to_hf(
     output_dir: str | Path,
     *,
     dtype: str | None = None,
-    max_shard_size: int | str | None = "5GB",
+    max_shard_size: int | str | None = None,
     max_position_embeddings: int | None = None,
     rope_theta: float | None = None,
     tokenizer_version: str | None = None,
@@ -71,47 +77,52 @@ def convert_raw_to_hf(
 ) -> Conversion:
     """Convert a raw model folder, or a raw LoRA folder, to Hugging Face (or PEFT) format.
 
+    An adapter takes `dtype`, `overwrite` and `progress` only: the other options belong to its base model.
+
     Args:
-        input_dir: Holds `params.json` and `consolidated.safetensors`, `consolidated.NN.pth` or `lora.safetensors`.
-        output_dir: Appears only when complete.
+        input_dir: Holds ``params.json`` and ``consolidated.safetensors``, ``consolidated.NN.pth`` or
+            ``lora.safetensors``.
+        output_dir: The folder to write, which appears only when it is complete.
         dtype: One of `DTYPES`; None keeps every bit.
-        max_shard_size: In bytes or such as `"5GB"`; None for one file.
-        max_position_embeddings: For a `params.json` that does not say it, or to override it.
-        rope_theta: For a `params.json` that does not say it.
-        tokenizer_version: Such as `"v3"`, for a `tokenizer.model` whose name does not say it.
+        max_shard_size: In bytes or such as ``"5GB"``, which None stands for.
+        max_position_embeddings: For a ``params.json`` that does not give it, or to override it.
+        rope_theta: For a ``params.json`` that does not give it.
+        tokenizer_version: Such as ``"v3"``, for a ``tokenizer.model`` whose name does not give it.
         overwrite: Replace an existing output.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
-        ValueError: If the input is no dense Mistral text model, is damaged, or leaves out what is not known.
-        FileExistsError: If the output exists.
+        ValueError: The input is not a dense Mistral text model, is damaged, or leaves out a value that is not known; or
+            an option does not apply to an adapter.
+        FileExistsError: The output exists.
     """
-    source = _input(input_dir, output_dir)
+    source = _check_folders(input_dir, output_dir)
     if is_adapter(source):
-        return _raw_adapter_to_peft(source, output_dir, overwrite, progress)
+        _check_adapter_options(
+            source,
+            max_shard_size=max_shard_size,
+            max_position_embeddings=max_position_embeddings,
+            rope_theta=rope_theta,
+            tokenizer_version=tokenizer_version,
+        )
+        return _raw_adapter_to_peft(source, _Output(output_dir, dtype, None, overwrite, progress))
+    output = _Output(output_dir, dtype, SHARD_SIZE if max_shard_size is None else max_shard_size, overwrite, progress)
     params = normalize_params(_read_json(source / "params.json"))
     params, notes = complete_params(params, max_position_embeddings, rope_theta)
     shapes = raw_shapes(params)
     with open_checkpoint(source, "consolidated", shapes) as checkpoint:
-        _check_model(checkpoint, shapes, params, "output.weight", notes)
-        tensors = [_translated(checkpoint, raw, RAW_TO_HF.forward(raw), raw_to_hf, params, dtype) for raw in shapes]
+        repeated = _check_model(checkpoint, shapes, params, "output.weight")
+        tensors = [_translated(checkpoint, raw, RAW_TO_HF.to_target(raw), raw_to_hf, params, dtype) for raw in shapes]
         config = params_to_config(params, _main_dtype(tensors))
         tokenizer = find_raw_tokenizer(source)
+        missing = [] if tokenizer else [f"no tokenizer: {source} holds no tekken.json, tokenizer.model or *.model.v*"]
 
         def write_rest(folder: Path) -> None:
-            if tokenizer is None:
-                notes.append(f"no tokenizer: {source} holds no tekken.json, tokenizer.model or *.model.v*")
-            else:
-                info = convert_tokenizer(tokenizer, folder, version=tokenizer_version, max_length=params["max_seq_len"])
-                if info.vocab_size > params["vocab_size"]:
-                    raise ValueError(f"{tokenizer} has {info.vocab_size} tokens, the model {params['vocab_size']}")
-                config.update({name: getattr(info, name) for name in _TOKEN_IDS})
-                (folder / "original").mkdir()
-                shutil.copyfile(tokenizer, folder / "original" / tokenizer.name)
-            _write_json(folder / "config.json", config)
-            _write_json(folder / "generation_config.json", {name: config.get(name) for name in _TOKEN_IDS})
+            ids = _convert_tokenizer(tokenizer, folder, tokenizer_version, params) if tokenizer else {}
+            _write_json(folder / "config.json", config | ids)
+            _write_json(folder / "generation_config.json", {name: (config | ids).get(name) for name in _TOKEN_IDS})
 
-        return _write(output_dir, tensors, "model", max_shard_size, overwrite, progress, write_rest, notes)
+        return output.write("model", tensors, write_rest, [*notes, *repeated, *missing])
 
 
 def convert_hf_to_raw(
@@ -126,72 +137,105 @@ def convert_hf_to_raw(
     """Convert a Hugging Face model folder, or a PEFT adapter, to the raw format.
 
     Args:
-        input_dir: Holds `config.json` and safetensors weights, or `adapter_config.json`.
-        output_dir: Appears only when complete; gets `params.json` and `consolidated.safetensors`.
+        input_dir: Holds ``config.json`` and safetensors weights, or ``adapter_config.json``.
+        output_dir: The folder to write, which appears only when it is complete; gets ``params.json`` and
+            ``consolidated.safetensors`` (``lora.safetensors`` for an adapter).
         dtype: One of `DTYPES`; None keeps every bit.
-        max_shard_size: None, as the raw format's readers expect, for one file.
+        max_shard_size: None, as readers of the raw format expect, for one file; an adapter is always one file.
         overwrite: Replace an existing output.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
-        ValueError: If the input is no dense Mistral model, is damaged, or has what the raw format cannot say.
-        FileExistsError: If the output exists.
+        ValueError: The input is not a dense Mistral model, is damaged, or has something that the raw format cannot
+            express; or an option does not apply to an adapter.
+        FileExistsError: The output exists.
     """
-    source = _input(input_dir, output_dir)
+    source = _check_folders(input_dir, output_dir)
+    output = _Output(output_dir, dtype, max_shard_size, overwrite, progress)
     if is_adapter(source):
-        return _peft_adapter_to_raw(source, output_dir, overwrite, progress)
+        _check_adapter_options(source, max_shard_size=max_shard_size)
+        return _peft_adapter_to_raw(source, output)
     params = config_to_params(_read_json(source / "config.json"))
-    notes: list[str] = []
     shapes = hf_shapes(params)
     with open_checkpoint(source, "model") as checkpoint:
-        _check_model(checkpoint, shapes, params, "lm_head.weight", notes)
-        tensors = [_translated(checkpoint, hf, RAW_TO_HF.backward(hf), hf_to_raw, params, dtype) for hf in shapes]
+        repeated = _check_model(checkpoint, shapes, params, "lm_head.weight")
+        tensors = [_translated(checkpoint, hf, RAW_TO_HF.to_source(hf), hf_to_raw, params, dtype) for hf in shapes]
         tokenizer = find_raw_tokenizer(source)
+        missing = [] if tokenizer else ["no tokenizer: a raw folder needs the original tekken.json or tokenizer.model"]
 
         def write_rest(folder: Path) -> None:
-            if tokenizer is None:
-                notes.append("no tokenizer: the raw format needs the original tekken.json or tokenizer.model")
-            else:
+            if tokenizer is not None:
                 shutil.copyfile(tokenizer, folder / tokenizer.name)
             _write_json(folder / "params.json", _without_nulls(params))
 
-        return _write(output_dir, tensors, "consolidated", max_shard_size, overwrite, progress, write_rest, notes)
+        return output.write("consolidated", tensors, write_rest, [*repeated, *missing])
 
 
-def _raw_adapter_to_peft(
-    source: Path, output_dir: str | Path, overwrite: bool, progress: Progress | None
-) -> Conversion:
-    """Convert `lora.safetensors` and `params.json` to `adapter_model.safetensors` and `adapter_config.json`."""
+@dataclass(frozen=True)
+class _Output:
+    """Where and how a conversion writes; its fields are arguments of `convert_raw_to_hf`."""
+
+    folder: str | Path
+    dtype: str | None
+    max_shard_size: int | str | None
+    overwrite: bool
+    progress: Progress | None
+
+    def write(
+        self,
+        stem: str,
+        tensors: Sequence[LazyTensor],
+        write_rest: Callable[[Path], None],
+        notes: Iterable[str] = (),
+    ) -> Conversion:
+        """Write the other files, the weights under the name `stem`, and the manifest."""
+        nbytes = sum(tensor.info.nbytes for tensor in tensors)
+        with atomic_folder(self.folder, overwrite=self.overwrite, needs_bytes=nbytes + _SPARE_BYTES) as folder:
+            write_rest(folder)  # first, since it may find errors and weights take long
+            digests = write_checkpoint(
+                folder, tensors, stem=stem, max_shard_size=self.max_shard_size, progress=self.progress
+            )
+            write_manifest(folder, digests)
+        return Conversion(Path(self.folder), len(tensors), nbytes, list(notes))
+
+
+def _raw_adapter_to_peft(source: Path, output: _Output) -> Conversion:
+    """Convert ``lora.safetensors`` and ``params.json`` to ``adapter_model.safetensors`` and ``adapter_config.json``."""
     given = _read_json(source / "params.json")
     params = normalize_params(given)
     with open_checkpoint(source, "lora") as checkpoint:
-        names = {raw: LORA_TO_PEFT.forward(raw) for raw in checkpoint}
+        names = {raw: LORA_TO_PEFT.to_target(raw) for raw in checkpoint}
         rank = check_adapter(checkpoint.shapes, params, str(source))
         config = lora_config_to_peft(given, rank, names)
-        tensors = [_translated(checkpoint, raw, peft, raw_to_hf, params, None) for raw, peft in names.items()]
-
-        def write_rest(folder: Path) -> None:
-            _write_json(folder / "adapter_config.json", config)
-
-        return _write(output_dir, tensors, "adapter_model", None, overwrite, progress, write_rest, [])
+        tensors = [_translated(checkpoint, raw, peft, raw_to_hf, params, output.dtype) for raw, peft in names.items()]
+        return output.write(
+            "adapter_model", tensors, lambda folder: _write_json(folder / "adapter_config.json", config)
+        )
 
 
-def _peft_adapter_to_raw(
-    source: Path, output_dir: str | Path, overwrite: bool, progress: Progress | None
-) -> Conversion:
-    """Convert `adapter_model.safetensors` and `adapter_config.json` to `lora.safetensors` and `params.json`."""
+def _peft_adapter_to_raw(source: Path, output: _Output) -> Conversion:
+    """Convert ``adapter_model.safetensors`` and ``adapter_config.json`` to ``lora.safetensors`` and ``params.json``."""
     config = _read_json(source / "adapter_config.json")
     params = _base_params(source, config)
     with open_checkpoint(source, "adapter_model") as checkpoint:
-        names = {peft: LORA_TO_PEFT.backward(peft) for peft in checkpoint}
+        names = {peft: LORA_TO_PEFT.to_source(peft) for peft in checkpoint}
         rank = check_adapter({raw: checkpoint[peft].shape for peft, raw in names.items()}, params, str(source))
         written = _without_nulls(params) | {"lora": peft_config_to_lora(config, rank)}
-        tensors = [_translated(checkpoint, peft, raw, hf_to_raw, params, None) for peft, raw in names.items()]
+        tensors = [_translated(checkpoint, peft, raw, hf_to_raw, params, output.dtype) for peft, raw in names.items()]
+        return output.write("lora", tensors, lambda folder: _write_json(folder / "params.json", written))
 
-        def write_rest(folder: Path) -> None:
-            _write_json(folder / "params.json", written)
 
-        return _write(output_dir, tensors, "lora", None, overwrite, progress, write_rest, [])
+def _convert_tokenizer(tokenizer: Path, folder: Path, version: str | None, params: Params) -> dict[str, int]:
+    """Write a raw tokenizer in both formats, the original for the way back, and return its token ids."""
+    info = convert_tokenizer(tokenizer, folder, version=version, max_length=params["max_seq_len"])
+    if info.vocab_size > params["vocab_size"]:
+        raise ValueError(
+            f"{tokenizer} has {info.vocab_size} tokens, but the model has {params['vocab_size']}: they do not belong"
+            " together."
+        )
+    (folder / "original").mkdir()
+    shutil.copyfile(tokenizer, folder / "original" / tokenizer.name)
+    return {name: getattr(info, name) for name in _TOKEN_IDS}
 
 
 def _without_nulls(params: Params) -> Params:
@@ -199,32 +243,39 @@ def _without_nulls(params: Params) -> Params:
 
 
 def _base_params(source: Path, adapter: dict[str, Any]) -> Params:
-    """The base model's params: a PEFT adapter names its base, whose head counts the way back needs."""
+    """The params of the base model that a PEFT adapter names; the way back needs its head counts."""
     base = adapter.get("base_model_name_or_path")
     for candidate in (source / "config.json", Path(str(base)) / "config.json"):
         if candidate.is_file():
             return config_to_params(_read_json(candidate))
-    raise ValueError(f"{source}: the head counts are unknown: put the base model's config.json (of {base}) beside it")
+    raise ValueError(f"{source}: the head counts are unknown. Put the config.json of the base model ({base}) into it.")
 
 
-def _input(input_dir: str | Path, output_dir: str | Path) -> Path:
+def _check_folders(input_dir: str | Path, output_dir: str | Path) -> Path:
+    """Check that the input is a folder that the output would not replace, and return its path."""
     source, target = Path(input_dir).resolve(), Path(output_dir).resolve()
     if not source.is_dir():
-        raise FileNotFoundError(f"{input_dir} is no folder")
+        raise FileNotFoundError(f"{input_dir} is not a folder: give one that holds a checkpoint.")
     if target == source or target in source.parents:
-        raise ValueError(f"the output {output_dir} is or contains the input {input_dir}: give another output")
+        raise ValueError(f"The output {output_dir} is or contains the input {input_dir}: give another output.")
     return source
+
+
+def _check_adapter_options(source: Path, **options: Any) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{source} is an adapter: leave out {', '.join(given)}, which only whole models have.")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} lacks {path.name}")
+        raise CheckpointError(f"{path.parent} lacks {path.name}: give a folder that holds it.")
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON ({error}): copy it again") from error
+        raise CheckpointError(f"{path} is not JSON ({error}): copy it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object")
+        raise CheckpointError(f"{path} is not a JSON object: copy it again.")
     return content
 
 
@@ -232,17 +283,18 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _check_model(checkpoint: Checkpoint, expected: dict[str, Any], params: Params, head: str, notes: list[str]) -> None:
-    """Check names and shapes; a head that repeats tied embeddings is let pass if it repeats them exactly."""
-    found = checkpoint.shapes
+def _check_model(checkpoint: Checkpoint, expected: dict[str, Any], params: Params, head: str) -> list[str]:
+    """Check names and shapes, and return notes; a head beside tied embeddings passes if it repeats them exactly."""
+    found, notes = checkpoint.shapes, []
     if params["tied_embeddings"] and head in found:
         if not same_bits(checkpoint.read(head), checkpoint.read(next(iter(expected)))):
             raise CheckpointError(
-                f"the embeddings are tied, but {head} has other values: untie them in the configuration"
+                f"The embeddings are tied, but {head} has other values: untie them in the configuration."
             )
         del found[head]
         notes.append(f"{head} left out: it repeats the tied embeddings")
-    check_tensors(found, expected, "the checkpoint")
+    check_tensors(found, expected, "The checkpoint")
+    return notes
 
 
 def _translated(
@@ -253,9 +305,10 @@ def _translated(
     params: Params,
     dtype: str | None,
 ) -> LazyTensor:
+    """One tensor of the output; its bytes are copied without decoding where neither dtype nor row order changes."""
     stored, shape = checkpoint[name]
     if dtype is not None and (dtype not in DTYPES or stored not in DTYPES):
-        raise ValueError(f"cannot convert {name} from {stored} to {dtype}: the dtypes are {', '.join(DTYPES)}")
+        raise ValueError(f"Cannot convert {name} from {stored} to {dtype}: the dtypes are {', '.join(DTYPES)}.")
     target = dtype or stored
     read = partial(_read_translated, checkpoint, name, translate, params, target)
     unchanged = target == stored and not is_rotary(name) and not is_rotary(new_name)
@@ -270,31 +323,14 @@ def _read_translated(
     if array.dtype != numpy_dtype(dtype):
         cast = array.astype(numpy_dtype(dtype))
         if not np.isfinite(cast).all() and np.isfinite(array).all():
-            raise ValueError(f"{name} has values too large for {dtype}: choose bfloat16 or float32")
+            raise ValueError(f"{name} has values too large for {dtype}: choose bfloat16 or float32.")
         array = cast
     return translate(name, array, params)[1]
 
 
 def _main_dtype(tensors: Sequence[LazyTensor]) -> str:
+    """The dtype of most bytes."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.info.dtype] += tensor.info.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def _write(
-    output_dir: str | Path,
-    tensors: Sequence[LazyTensor],
-    stem: str,
-    max_shard_size: int | str | None,
-    overwrite: bool,
-    progress: Progress | None,
-    write_rest: Callable[[Path], None],
-    notes: list[str],
-) -> Conversion:
-    nbytes = sum(tensor.info.nbytes for tensor in tensors)
-    with atomic_folder(output_dir, overwrite=overwrite, needs_bytes=nbytes + _SPARE_BYTES) as folder:
-        write_rest(folder)
-        digests = write_checkpoint(folder, tensors, stem=stem, max_shard_size=max_shard_size, progress=progress)
-        write_manifest(folder, digests)
-    return Conversion(Path(output_dir), len(tensors), nbytes, notes)

@@ -1,6 +1,6 @@
-"""`params.json` of the raw format <-> `config.json` of Hugging Face: pure functions on plain dicts.
+"""``params.json`` of the raw format <-> ``config.json`` of Hugging Face: pure functions on plain dicts.
 
-Nothing is guessed: what a `params.json` leaves out comes from `KNOWN_MODELS`, or has to be given.
+Nothing is guessed: a value that ``params.json`` leaves out comes from `KNOWN_MODELS`, or the caller gives it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 Params = dict[str, Any]
 Config = dict[str, Any]
 
+# Fields of ``params.json`` that have one counterpart in ``config.json``.
 FIELDS = (
     ("dim", "hidden_size"),
     ("n_layers", "num_hidden_layers"),
@@ -24,8 +25,8 @@ FIELDS = (
     ("max_seq_len", "max_position_embeddings"),
     ("rope_theta", "rope_theta"),
 )
-"""`params.json` fields that have one counterpart in `config.json`."""
 
+# Fields of ``yarn`` in ``params.json``, and their counterparts among Hugging Face's rope parameters.
 _YARN_FIELDS = (
     ("factor", "factor"),
     ("original_max_position_embeddings", "original_max_position_embeddings"),
@@ -33,8 +34,10 @@ _YARN_FIELDS = (
     ("alpha", "beta_slow"),
 )
 
+# Fields with the sizes of a model; ``n_kv_heads`` and ``head_dim`` may be left out.
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 
+# Fields of models that are not dense Mistral text models.
 _REFUSED = {
     "moe": "a mixture of experts",
     "vision_encoder": "a model with a vision tower",
@@ -49,11 +52,18 @@ _WITHOUT_EFFECT = {"max_batch_size", "lora"}
 
 
 class KnownModel(NamedTuple):
-    """A published model: what `params.json` may leave out, found by what it says."""
+    """A published model, found by its sizes, and the values that its ``params.json`` may leave out.
+
+    Attributes:
+        names: The model's names, for a note.
+        shape: ``(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size)``.
+        rope_theta: As published in Hugging Face format.
+        max_position_embeddings: As published in Hugging Face format.
+        windowed: Whether it has a sliding window.
+    """
 
     names: str
     shape: tuple[int, ...]
-    """(dim, n_layers, n_heads, n_kv_heads, head_dim, hidden_dim, vocab_size)"""
     rope_theta: float
     max_position_embeddings: int
     windowed: bool = False
@@ -70,33 +80,32 @@ KNOWN_MODELS = (
     KnownModel("Ministral 8B", (4096, 36, 32, 8, 128, 12288, 131072), 1e8, 32768, windowed=True),
     KnownModel("Mistral Large 2 123B", (12288, 88, 96, 8, 128, 28672, 32768), 1e6, 131072),
 )
-"""The `rope_theta` and `max_position_embeddings` with which these models were published in Hugging Face format."""
 
 
 def normalize_params(params: Params) -> Params:
-    """Check a `params.json` and give every field its one spelling.
+    """Check a ``params.json`` and give every field its one spelling.
 
     Args:
         params: The parsed file.
 
     Returns:
-        The sizes, `norm_eps`, `tied_embeddings`, and, None where absent, `rope_theta`, `max_seq_len`, `yarn`,
-        `llama_4_scaling` and `sliding_window` (an int, or a list with one entry a layer if the layers differ).
+        The sizes, ``norm_eps``, ``tied_embeddings``, and, None where absent, ``rope_theta``, ``max_seq_len``, ``yarn``,
+        ``llama_4_scaling`` and ``sliding_window`` (an int, or a list with one entry for each layer if they differ).
 
     Raises:
-        ValueError: For a model that is no dense Mistral text model, an unknown field, or a value out of range.
+        ValueError: The model is not a dense Mistral text model, a field is unknown, or a value is out of range.
     """
     given = {key: value for key, value in params.items() if value is not None}
-    _refuse_foreign(given)
+    _check_kind(given)
     given.setdefault("n_kv_heads", given.get("n_heads"))
     if "head_dim" not in given and given.get("dim") and given.get("n_heads"):
         given["head_dim"] = given["dim"] // given["n_heads"]
     normal: Params = {field: _size(given, field) for field in _SIZES}
     heads, kv_heads = normal["n_heads"], normal["n_kv_heads"]
     if heads % kv_heads:
-        raise ValueError(f"params.json: n_heads={heads} is no multiple of n_kv_heads={kv_heads}")
+        raise ValueError(f"params.json: n_heads={heads} is not a multiple of n_kv_heads={kv_heads}.")
     if normal["head_dim"] % 2:
-        raise ValueError(f"params.json: head_dim={normal['head_dim']} is odd, so rotary pairs cannot be formed")
+        raise ValueError(f"params.json: head_dim={normal['head_dim']} is odd, so it has no rotary pairs.")
     normal["norm_eps"] = _positive(given, "norm_eps")
     normal["tied_embeddings"] = bool(given.get("tied_embeddings", False))
     normal["rope_theta"] = _positive(given, "rope_theta") if "rope_theta" in given else None
@@ -117,44 +126,47 @@ _KNOWN_FIELDS = (
 _REQUIRED_VALUES = {"model_type": "transformer", "activation": "silu", "causal": True}
 
 
-def _refuse_foreign(given: Params) -> None:
+def _check_kind(given: Params) -> None:
+    """Check that the fields are those of a dense Mistral text model."""
     for field, what in _REFUSED.items():
         if given.get(field):
-            raise ValueError(f"params.json describes {what} (field {field!r}), not a dense Mistral text model")
+            raise ValueError(f"params.json describes {what} (field {field!r}), not a dense Mistral text model.")
     for field, value in _REQUIRED_VALUES.items():
         if given.get(field, value) != value:
-            raise ValueError(f"params.json has {field}={given[field]!r}; a dense Mistral text model has {value!r}")
+            raise ValueError(f"params.json has {field}={given[field]!r}; a dense Mistral text model has {value!r}.")
     unknown = sorted(field for field in given.keys() - _KNOWN_FIELDS - _REFUSED.keys() if given[field])
     if unknown:
-        raise ValueError(f"params.json has fields that a dense Mistral text model does not: {', '.join(unknown)}")
+        raise ValueError(f"params.json has fields that no dense Mistral text model has: {', '.join(unknown)}.")
 
 
 def _size(given: Params, field: str) -> int:
     value = given.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"params.json: {field} must be a positive whole number, got {value!r}")
+        raise ValueError(f"params.json: {field} must be a positive whole number, got {value!r}.")
     return value
 
 
 def _positive(given: Params, field: str) -> float:
     value = given.get(field)
     if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"params.json: {field} must be a positive number, got {value!r}")
+        raise ValueError(f"params.json: {field} must be a positive number, got {value!r}.")
     return float(value)
 
 
 def _window(given: Params, n_layers: int) -> int | list[int | None] | None:
-    """The window of all layers, or a list with one window a layer if they differ. Absent means null."""
+    """The window of all layers, or a list with the window of each layer if they differ. Absent means null."""
     window = given.get("sliding_window", given.get("_sliding_window"))
     pattern = window if isinstance(window, list) else [window]
     windows = [None if w in (None, "None") else int(w) for w in pattern]
     if not windows or n_layers % len(windows) or any(w is not None and w < 1 for w in windows):
-        raise ValueError(f"params.json: sliding_window={window!r} is no size and no pattern for {n_layers} layers")
+        raise ValueError(
+            f"params.json: sliding_window={window!r} is neither a size nor a pattern that fits {n_layers} layers."
+        )
     return windows[0] if len(set(windows)) == 1 else windows * (n_layers // len(windows))
 
 
 def find_known_model(params: Params) -> KnownModel | None:
-    """The published model that normalized `params` describe, or None if none or more than one fits."""
+    """The published model that normalized `params` describe; None if none fits, or more than one."""
     shape = tuple(params[field] for field in _SIZES)
     fits = [
         model
@@ -169,70 +181,79 @@ def find_known_model(params: Params) -> KnownModel | None:
 def complete_params(
     params: Params, max_position_embeddings: int | None = None, rope_theta: float | None = None
 ) -> tuple[Params, list[str]]:
-    """Fill what normalized `params` leave out, from the arguments or from `KNOWN_MODELS`.
+    """Fill in the values that normalized `params` leave out, from the arguments or from `KNOWN_MODELS`.
 
     Args:
         params: From `normalize_params`.
-        max_position_embeddings: Overrides `max_seq_len`.
+        max_position_embeddings: Overrides ``max_seq_len``.
         rope_theta: Used if `params` have none.
 
     Returns:
-        The complete params, and a line for each value that did not come from `params.json`.
+        The complete params, and a line for each value that did not come from ``params.json``.
 
     Raises:
-        ValueError: If a value is missing and the model is not known, or the arguments contradict the file.
+        ValueError: A value is missing and the model is not known, or the arguments contradict the file.
     """
     full = dict(params)
     notes: list[str] = []
     if rope_theta is not None:
         if params["rope_theta"] not in (None, rope_theta):
-            raise ValueError(f"rope_theta={rope_theta} contradicts params.json, which says {params['rope_theta']}")
+            raise ValueError(f"rope_theta={rope_theta} contradicts params.json, which has {params['rope_theta']}.")
         full["rope_theta"] = float(rope_theta)
     known = find_known_model(full)
     if full["rope_theta"] is None:
-        full["rope_theta"] = _looked_up(known, "rope_theta", notes)
+        full["rope_theta"], note = _looked_up(known, "rope_theta")
+        notes.append(note)
     if max_position_embeddings is not None:
         full["max_seq_len"] = _size({"max_position_embeddings": max_position_embeddings}, "max_position_embeddings")
         notes.append(f"max_position_embeddings = {max_position_embeddings}: as given")
     elif params["max_seq_len"] is None:
-        full["max_seq_len"] = _looked_up(known, "max_position_embeddings", notes)
+        full["max_seq_len"], note = _looked_up(known, "max_position_embeddings")
+        notes.append(note)
     if isinstance(full["sliding_window"], list):
-        full["sliding_window"] = _one_window(full["sliding_window"], full["max_seq_len"], notes)
+        full["sliding_window"], note = _one_window(full["sliding_window"], full["max_seq_len"])
+        notes.append(note)
     return full, notes
 
 
-def _looked_up(known: KnownModel | None, field: str, notes: list[str]) -> Any:
+def _looked_up(known: KnownModel | None, field: str) -> tuple[Any, str]:
+    """A field of a published model, and a note about it."""
     if known is None:
         raise ValueError(
-            f"params.json does not say {field}, and what it says fits no known model, or more than one: "
-            f"give --{field} (the model card says it)"
+            f"params.json does not give {field}, and its sizes are those of no known model, or of more than one: give"
+            f" --{field} (the model card has it)."
         )
     value = getattr(known, field)
-    notes.append(f"{field} = {value}: params.json does not say it; taken from {known.names}, whose sizes these are")
-    return value
+    return value, f"{field} = {value}: not in params.json; taken from {known.names}, which has the same sizes"
 
 
-def _one_window(windows: list[int | None], max_positions: int, notes: list[str]) -> int:
-    """One window for layers that differ: exact as long as no sequence is longer than the smallest."""
+def _one_window(windows: list[int | None], max_positions: int) -> tuple[int, str]:
+    """One window for layers that differ, exact as long as no sequence is longer than the smallest, and a note."""
     smallest = min(w for w in windows if w is not None)
     if max_positions > smallest:
         raise ValueError(
-            f"the layers have different windows ({windows[:4]}, ...), which model type 'mistral' cannot express "
-            f"beyond {smallest} positions: give --max_position_embeddings {smallest} or less"
+            f"The layers have different windows ({windows[:4]}, ...), which model type 'mistral' cannot express beyond"
+            f" {smallest} positions: give --max_position_embeddings {smallest} or less."
         )
-    notes.append(f"sliding_window = {smallest}: the layers' windows differ, but not within {max_positions} positions")
-    return smallest
+    return smallest, f"sliding_window = {smallest}: windows differ by layer, but not within {max_positions} positions"
 
 
 def params_to_config(params: Params, dtype: str) -> Config:
-    """Write complete `params` as a `config.json`.
+    """Write complete `params` as a ``config.json``.
 
-    The spelling is the one that every release of the library and the servers built on it read (`rope_theta` and
-    `rope_scaling` at top level, `torch_dtype`). Llama-4 style scaling of the queries makes it a `ministral3` model.
+    The spelling is the one that every release of the library and the servers built on it can read (``rope_theta`` and
+    ``rope_scaling`` at top level, ``torch_dtype``). With Llama-4 style scaling of the queries, the model type is
+    ``ministral3``.
 
     Args:
         params: From `complete_params`.
-        dtype: The name of the weights' dtype, such as `"bfloat16"`.
+        dtype: The name of the weights' dtype, such as ``"bfloat16"``.
+
+    Returns:
+        The content of ``config.json``.
+
+    Raises:
+        ValueError: The yarn settings are incomplete or unknown, or do not go with the scaling of the queries.
     """
     config: Config = {
         "architectures": ["MistralForCausalLM"],
@@ -245,7 +266,7 @@ def params_to_config(params: Params, dtype: str) -> Config:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": dtype,
-        "transformers_version": "5.0.0",  # older files' tekken tokenizers are suspected of a wrong pattern
+        "transformers_version": "5.0.0",  # the library warns of a wrong tekken pattern in older files
     }
     yarn, scaling = params["yarn"], params["llama_4_scaling"]
     if yarn:
@@ -253,17 +274,18 @@ def params_to_config(params: Params, dtype: str) -> Config:
     if scaling:
         rope = config.pop("rope_scaling", None)
         if rope is None or rope["original_max_position_embeddings"] != scaling["original_max_position_embeddings"]:
-            raise ValueError(f"params.json: llama_4_scaling={scaling} needs yarn over the same original positions")
+            raise ValueError(f"params.json: llama_4_scaling={scaling} needs yarn with the same original positions.")
         rope |= {"rope_theta": config.pop("rope_theta"), "llama_4_scaling_beta": float(scaling["beta"])}
         config |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_parameters": rope}
     return config
 
 
 def _yarn_to_rope(yarn: Params) -> Config:
+    """Hugging Face rope parameters for the ``yarn`` field of the raw format."""
     leftover = sorted(yarn.keys() - {raw for raw, _ in _YARN_FIELDS} - {"apply_scale"})
     missing = sorted({raw for raw, _ in _YARN_FIELDS} - yarn.keys())
     if leftover or missing:
-        raise ValueError(f"params.json: yarn has unknown fields {leftover} and lacks {missing}")
+        raise ValueError(f"params.json: yarn has unknown fields {leftover} and lacks {missing}.")
     rope: Config = {"rope_type": "yarn", **{hf: yarn[raw] for raw, hf in _YARN_FIELDS}}
     rope |= {field: float(rope[field]) for field in ("factor", "beta_fast", "beta_slow")}
     if not yarn.get("apply_scale", True):
@@ -271,7 +293,8 @@ def _yarn_to_rope(yarn: Params) -> Config:
     return rope
 
 
-_RAW_HAS_NO = {
+# Fields of ``config.json`` that must be absent, empty or false.
+_WITHOUT_RAW_FORM = {
     "attention_bias": "biases",
     "mlp_bias": "biases",
     "quantization_config": "quantized weights",
@@ -280,22 +303,22 @@ _RAW_HAS_NO = {
 
 
 def config_to_params(config: Config) -> Params:
-    """Read a `config.json` as complete, normalized `params`: undo `params_to_config`.
+    """Read a ``config.json`` as complete, normalized params: undo `params_to_config`.
 
     Raises:
-        ValueError: If the model is no dense Mistral, or has what the raw format cannot say.
+        ValueError: The model is not a dense Mistral, or has something that the raw format cannot express.
     """
     model_type = config.get("model_type")
     if model_type not in ("mistral", "ministral3"):
-        raise ValueError(f"config.json has model_type={model_type!r}, not 'mistral', so it has no raw format here")
+        raise ValueError(f"config.json has model_type={model_type!r}: only 'mistral' has a raw format here.")
     missing = [hf for raw, hf in FIELDS if raw in _SIZES and raw not in ("n_kv_heads", "head_dim") and hf not in config]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
-    for field, what in _RAW_HAS_NO.items():
+        raise ValueError(f"config.json lacks {', '.join(missing)}: copy it again.")
+    for field, what in _WITHOUT_RAW_FORM.items():
         if config.get(field):
-            raise ValueError(f"config.json has {field}={config[field]!r}, but the raw format knows no {what}")
+            raise ValueError(f"config.json has {field}={config[field]!r}, but the raw format has no {what}.")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json has hidden_act={config['hidden_act']!r}, but the raw format knows only 'silu'")
+        raise ValueError(f"config.json has hidden_act={config['hidden_act']!r}, but the raw format has only 'silu'.")
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     yarn, scaling = _rope_to_yarn(rope)
@@ -303,18 +326,18 @@ def config_to_params(config: Config) -> Params:
     return normalize_params(raw | {"rope_theta": rope_theta, "yarn": yarn, "llama_4_scaling": scaling})
 
 
+# The library's value for a field that ``config.json`` leaves out, where that of the raw format differs.
 _CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "max_position_embeddings": 131072}
-"""What the library's configuration takes for a field that `config.json` leaves out, where the raw format differs."""
 
 
 def _rope_to_yarn(rope: Config) -> tuple[Params | None, Params | None]:
-    """The `yarn` and `llama_4_scaling` fields of the raw format for Hugging Face rope parameters."""
+    """The ``yarn`` and ``llama_4_scaling`` fields of the raw format for Hugging Face rope parameters."""
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if kind == "default":
         return None, None
     if kind != "yarn":
-        raise ValueError(f"config.json has rope_type={kind!r}, but the raw format knows only 'default' and 'yarn'")
+        raise ValueError(f"config.json has rope_type={kind!r}, but the raw format has only 'default' and 'yarn'.")
     yarn = {raw: rope.pop(hf, None) for raw, hf in _YARN_FIELDS}
     yarn |= {raw: default for raw, default in (("beta", 32.0), ("alpha", 1.0)) if yarn[raw] is None}
     beta = rope.pop("llama_4_scaling_beta", None)
@@ -322,13 +345,13 @@ def _rope_to_yarn(rope: Config) -> tuple[Params | None, Params | None]:
     attention_factor = rope.pop("attention_factor", 1.0 if mscale and mscale == mscale_all_dim else None)
     leftover = {key: value for key, value in rope.items() if key not in ("max_position_embeddings", "truncate")}
     if attention_factor not in (None, 1.0) or leftover or not rope.get("truncate", True):
-        raise ValueError(f"config.json has yarn parameters that the raw format cannot say: {rope}, {attention_factor=}")
+        raise ValueError(f"config.json has yarn parameters without a raw form: {rope}, {attention_factor=}.")
     yarn["apply_scale"] = attention_factor is None
     original = yarn["original_max_position_embeddings"]
     return yarn, None if beta is None else {"original_max_position_embeddings": original, "beta": beta}
 
 
 def params_difference(a: Params, b: Params) -> dict[str, tuple[Any, Any]]:
-    """The fields in which two normalized params differ: `{field: (in a, in b)}`, empty if they mean the same."""
+    """The fields in which two normalized params differ, as ``{field: (in a, in b)}``; empty if they mean the same."""
     fields = sorted(a.keys() | b.keys())
     return {field: (a.get(field), b.get(field)) for field in fields if a.get(field) != b.get(field)}

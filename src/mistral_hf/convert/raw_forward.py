@@ -1,8 +1,8 @@
-"""A small forward pass of the raw format itself: raw names, interleaved RoPE, float32, one layer in memory at a time.
+"""A small forward pass of the raw format: raw names, interleaved RoPE, float32, one layer in memory at a time.
 
-It knows nothing of the conversion, so that its logits can be held against those of the converted model.
+It shares no code with the conversion, so its logits can be compared with those of the converted model.
 
-Dimensions: `S` positions, `H` heads, `K` key/value heads, `D` head_dim.
+Legend: S tokens, H heads, D head_dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def raw_logits(checkpoint: Checkpoint, params: Params, tokens: Sequence[int]) ->
     """The logits of a raw checkpoint for one sequence.
 
     Args:
-        checkpoint: Opened with stem `"consolidated"`.
+        checkpoint: Opened with stem ``"consolidated"``.
         params: From `complete_params`.
-        tokens: `S` token ids.
+        tokens: S token ids.
 
     Returns:
-        `[S, vocab_size]`.
+        ``[S, V]`` in float32.
     """
 
     def weight(name: str) -> Floats:
@@ -57,6 +57,7 @@ def _rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
 
 
 def _attend(q: Floats, k: Floats, v: Floats, angles: npt.NDArray[Any], scale: Floats, params: Params) -> Floats:
+    """Causal attention of ``[S, heads * D]`` queries, keys and values within the window."""
     length, dim = len(q), params["head_dim"]
     groups = params["n_heads"] // params["n_kv_heads"]
     q = _rotate(q.reshape(length, -1, dim), angles) * scale  # [S, H, D]
@@ -72,13 +73,13 @@ def _attend(q: Floats, k: Floats, v: Floats, angles: npt.NDArray[Any], scale: Fl
 
 
 def _rotate(x: Floats, angles: npt.NDArray[np.complex64]) -> Floats:
-    """Rotate the interleaved pairs (0, 1), (2, 3), ... of `[S, H, D]` as complex numbers."""
-    turned = np.ascontiguousarray(x, np.float32).view(np.complex64) * angles[:, None]
-    return turned.view(np.float32)
+    """Rotate the interleaved pairs (0, 1), (2, 3), ... of ``[S, H, D]`` as complex numbers."""
+    rotated = np.ascontiguousarray(x, np.float32).view(np.complex64) * angles[:, None]
+    return rotated.view(np.float32)
 
 
 def _angles(params: Params, length: int) -> npt.NDArray[np.complex64]:
-    """`[S, D / 2]` unit complex numbers, times the attention factor of yarn (https://arxiv.org/abs/2309.00071)."""
+    """``[S, D / 2]`` complex numbers of length 1, times yarn's attention factor (https://arxiv.org/abs/2309.00071)."""
     dim, theta, yarn = params["head_dim"], params["rope_theta"], params["yarn"]
     frequencies = theta ** (-np.arange(0, dim, 2) / dim)
     factor = 1.0
@@ -97,7 +98,7 @@ def _angles(params: Params, length: int) -> npt.NDArray[np.complex64]:
 
 
 def _position_scale(params: Params, length: int) -> Floats:
-    """`[S, 1, 1]`: the factor on the queries by position, 1 without Llama-4 style scaling."""
+    """``[S, 1, 1]``: the factor on the query at each position, 1 without Llama-4 style scaling."""
     scaling = params["llama_4_scaling"]
     if not scaling:
         return np.ones((length, 1, 1), np.float32)

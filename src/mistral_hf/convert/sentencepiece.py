@@ -1,4 +1,4 @@
-"""SentencePiece `.model` files: reading the protocol buffer, and the tokenizer that it describes."""
+"""SentencePiece ``.model`` files: reading the protocol buffer, and the tokenizer that it describes."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-_STAND_IN = 0xFDD0
-"""The first of the 32 code points that Unicode sets aside for a program's own use (U+FDD0 to U+FDEF)."""
+_STAND_IN = 0xFDD0  # first of the 32 code points that Unicode reserves for internal use (U+FDD0 to U+FDEF)
 
 
 class Piece(NamedTuple):
-    """One entry of a SentencePiece vocabulary."""
+    """One entry of a SentencePiece vocabulary.
+
+    Attributes:
+        text: The piece, with U+2581 for a space.
+        score: The higher, the earlier two parts are merged into it.
+        kind: A number of the format: 1 for an ordinary piece, 3 control, 4 user-defined, 6 byte.
+    """
 
     text: str
     score: float
     kind: int
 
 
-_NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
 class SentencePieceModel(NamedTuple):
-    """What the conversion needs of a SentencePiece model file."""
+    """The parts of a SentencePiece model file that the conversion needs.
+
+    Attributes:
+        pieces: The vocabulary; a piece's index is its id.
+        trainer: The trainer's settings, by field number.
+        normalizer: The normalizer's settings, by field number.
+    """
 
     pieces: list[Piece]
     trainer: dict[int, Any]
@@ -33,21 +44,21 @@ class SentencePieceModel(NamedTuple):
 
 
 def read_sentencepiece(path: str | Path) -> SentencePieceModel:
-    """Read a `.model` file (a protocol buffer) of a BPE model with byte fallback and a dummy prefix.
+    """Read a ``.model`` file (a protocol buffer) of a BPE model with byte fallback and a dummy prefix.
 
     Raises:
-        ValueError: If the file is none, or is truncated.
+        ValueError: The file is not such a model, or is truncated.
     """
     try:
         fields = list(_fields(memoryview(Path(path).read_bytes())))
         pieces = [_piece(value) for number, value in fields if number == 1]
         trainer, normalizer = (dict(_fields(dict(fields)[number])) for number in (2, 3))
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no SentencePiece model, or is truncated ({error!r}): copy it again") from error
+        raise ValueError(f"{path} is not a SentencePiece model, or is truncated ({error!r}): copy it again.") from error
     is_bpe, byte_fallback = trainer.get(3, 1) == 2, trainer.get(35, 0) == 1
     keeps_text = not normalizer.get(2, b"") and normalizer.get(3, 1) and not normalizer.get(4, 1)
     if not (is_bpe and byte_fallback and keeps_text):
-        raise ValueError(f"{path} is no Mistral tokenizer: it is not BPE with byte fallback and untouched text")
+        raise ValueError(f"{path} is not a Mistral tokenizer: it is not BPE with byte fallback and unchanged text.")
     return SentencePieceModel(pieces, trainer, normalizer)
 
 
@@ -68,13 +79,14 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
             continue
         size, position = (4, position) if kind == 5 else _varint(data, position)
         if kind not in (2, 5) or position + size > len(data):
-            raise ValueError(f"bad field at byte {position}")
+            raise ValueError(f"unexpected field at byte {position}")
         part = data[position : position + size]
         yield key >> 3, part.cast("f")[0] if kind == 5 else part
         position += size
 
 
 def _varint(data: memoryview, position: int) -> tuple[int, int]:
+    """The number that begins at a position, seven bits a byte, and the position after it."""
     value = shift = 0
     while True:
         byte = data[position]
@@ -85,7 +97,7 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
 
 
 def sentencepiece_version(path: Path, model: SentencePieceModel) -> str:
-    """The version in the file's name, or else the one whose control tokens the vocabulary has."""
+    """The version in the file's name; without one, the version whose control tokens are in the vocabulary."""
     named = re.search(r"\.v(\d+)(m\d+)?$", path.name)
     if named:
         return f"v{named[1]}"
@@ -97,14 +109,17 @@ def sentencepiece_version(path: Path, model: SentencePieceModel) -> str:
 def sentencepiece_tokenizer(model: SentencePieceModel) -> tuple[Tokenizer, list[str]]:
     """Build the tokenizer, and list its special tokens, which are still to be added.
 
-    Each stretch of text between special tokens gets SentencePiece's dummy prefix, as if encoded on its own: that is
-    how Mistral encodes the parts of a conversation. A user-defined piece such as `[REF]` is one token wherever it
-    stands and takes no part in merges, so a stand-in character takes its place in the vocabulary.
+    Each stretch of text between special tokens gets SentencePiece's dummy prefix, as if it were encoded alone: that is
+    how Mistral encodes the parts of a conversation. A user-defined piece such as ``[REF]`` is always one token and no
+    part of a merge, so a stand-in character replaces it in the vocabulary.
+
+    Raises:
+        ValueError: The vocabulary has duplicates, or too many user-defined pieces.
     """
     defined = {p.text: chr(_STAND_IN + i) for i, p in enumerate(p for p in model.pieces if p.kind == _USER_DEFINED)}
     vocab = {defined.get(piece.text, piece.text): i for i, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces) or len(defined) > 32:
-        raise ValueError("the SentencePiece vocabulary has duplicates, or too many user-defined pieces")
+        raise ValueError("The SentencePiece vocabulary has duplicates, or more than 32 user-defined pieces.")
     scores = {piece.text: piece.score for piece in model.pieces if piece.kind == _NORMAL}
     tokenizer = Tokenizer(
         models.BPE(vocab=vocab, merges=_merges_of_scores(scores), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -121,7 +136,7 @@ def sentencepiece_tokenizer(model: SentencePieceModel) -> tuple[Tokenizer, list[
 
 
 def _merges_of_scores(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes up a piece, the highest score first."""
+    """Every pair of pieces that forms a piece, the highest score first."""
     merges = [
         (-score, whole, whole[:cut], whole[cut:])
         for whole, score in scores.items()

@@ -1,9 +1,9 @@
 """Raw Mistral weights <-> Hugging Face: tensor names, shapes, and the rotary permutation.
 
-Pure functions on names, shapes and plain dicts: no file access and no framework import. Arrays are handled by duck
-typing (`reshape` and `swapaxes`, which NumPy, PyTorch and JAX share).
+Pure functions on names, shapes and plain dicts: no file access and no framework import. Arrays need only ``reshape``
+and ``swapaxes``, which NumPy, PyTorch and JAX share.
 
-Dimensions: `H` heads (query or key heads), `D` head_dim.
+Legend: H heads (query or key/value heads), D head_dim.
 """
 
 from __future__ import annotations
@@ -14,21 +14,23 @@ from typing import Any, TypeAlias
 
 Params = dict[str, Any]
 Shape = tuple[int, ...]
-Array: TypeAlias = Any
-"""A NumPy, PyTorch or JAX array."""
+Array: TypeAlias = Any  # a NumPy, PyTorch or JAX array
 
 
 class NameTable:
-    """A one-to-one table between two naming schemes, read in either direction.
+    """A one-to-one table between two naming schemes, which translates in both directions.
 
-    `{n}` stands for a number (a layer, usually) and is carried across.
+    ``{n}`` stands for a number, usually that of a layer, which stays the same.
 
     Args:
-        pairs: `(source, target)` name patterns.
+        pairs: ``(source, target)`` name patterns.
+
+    Raises:
+        ValueError: A name repeats.
 
     Example:
         >>> table = NameTable([("layers.{n}.attention.wq.weight", "model.layers.{n}.self_attn.q_proj.weight")])
-        >>> table.forward("layers.3.attention.wq.weight")
+        >>> table.to_target("layers.3.attention.wq.weight")
         'model.layers.3.self_attn.q_proj.weight'
     """
 
@@ -36,17 +38,25 @@ class NameTable:
         self.pairs = tuple(pairs)
         for side in zip(*self.pairs, strict=True):
             if len(set(side)) != len(side):
-                raise ValueError(f"a name table must be one-to-one, but a name repeats in {side}")
-        self._forward = dict(self.pairs)
-        self._backward = {target: source for source, target in self.pairs}
+                raise ValueError(f"A name table must be one-to-one, but a name repeats in {side}.")
+        self._targets = dict(self.pairs)
+        self._sources = {target: source for source, target in self.pairs}
 
-    def forward(self, name: str) -> str:
-        """Translate a source name. Raises `ValueError` for a name that the table does not hold."""
-        return _translate(self._forward, name)
+    def to_target(self, name: str) -> str:
+        """Translate a source name.
 
-    def backward(self, name: str) -> str:
-        """Translate a target name back. Raises `ValueError` for a name that the table does not hold."""
-        return _translate(self._backward, name)
+        Raises:
+            ValueError: The table does not hold the name.
+        """
+        return _translate(self._targets, name)
+
+    def to_source(self, name: str) -> str:
+        """Translate a target name back.
+
+        Raises:
+            ValueError: The table does not hold the name.
+        """
+        return _translate(self._sources, name)
 
 
 def _translate(table: Mapping[str, str], name: str) -> str:
@@ -54,12 +64,12 @@ def _translate(table: Mapping[str, str], name: str) -> str:
         return table[name]
     pattern, number = _pattern_of(name)
     if pattern not in table:
-        raise ValueError(f"unknown tensor name {name!r}: it belongs to no dense Mistral text model")
+        raise ValueError(f"Unknown tensor name {name!r}: dense Mistral text models have no such tensor.")
     return table[pattern].replace("{n}", number)
 
 
 def _pattern_of(name: str) -> tuple[str, str]:
-    """Split `layers.3.ffn_norm.weight` into `layers.{n}.ffn_norm.weight` and `3`."""
+    """Split ``layers.3.ffn_norm.weight`` into ``layers.{n}.ffn_norm.weight`` and ``3``."""
     match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
     if match is None:
         return name, ""
@@ -84,14 +94,15 @@ _OTHER = (
     ("output", "lm_head"),
 )
 
+# Names of the raw format, and those of Hugging Face.
 RAW_TO_HF = NameTable((f"{raw}.weight", f"{hf}.weight") for raw, hf in _LINEAR + _OTHER)
-"""Names of the raw format to those of Hugging Face."""
 
+# Names of a raw LoRA file, and those of a PEFT adapter.
 LORA_TO_PEFT = NameTable(
     (f"{raw}.lora_{side}.weight", f"base_model.model.{hf}.lora_{side}.weight") for raw, hf in _LINEAR for side in "AB"
 )
-"""Names of a raw LoRA file to those of a PEFT adapter."""
 
+# Tensors whose rows are permuted, with the field that holds their number of heads.
 _ROTARY = {
     "layers.{n}.attention.wq.weight": "n_heads",
     "layers.{n}.attention.wk.weight": "n_kv_heads",
@@ -101,7 +112,7 @@ _ROTARY = {
 
 
 def is_rotary(raw_name: str) -> bool:
-    """Whether the rows of this raw tensor change their order in translation; all other tensors stay as they are."""
+    """Whether translation changes the row order of this raw tensor; the other tensors keep their values."""
     return _pattern_of(raw_name)[0] in _ROTARY
 
 
@@ -111,11 +122,14 @@ def interleaved_to_half(weight: Array, heads: int) -> Array:
     The raw format rotates the pairs of rows (0, 1), (2, 3), ...; Hugging Face rotates (0, D/2), (1, D/2 + 1), ...
 
     Args:
-        weight: `[H * D, inputs]`, or `[H * D]`.
-        heads: `H`: the query heads for q, the key/value heads for k.
+        weight: ``[H * D, inputs]``, or ``[H * D]``.
+        heads: H, the query heads for q and the key/value heads for k.
 
     Returns:
         The same values in the new row order.
+
+    Raises:
+        ValueError: The rows do not split into that many heads of an even size.
     """
     return _swap_rows(weight, (heads, _half_dim(weight, heads), 2))
 
@@ -128,7 +142,7 @@ def half_to_interleaved(weight: Array, heads: int) -> Array:
 def _half_dim(weight: Array, heads: int) -> int:
     rows = int(weight.shape[0])
     if rows % (2 * heads):
-        raise ValueError(f"{rows} rows do not split into {heads} heads of an even size: check the head count")
+        raise ValueError(f"{rows} rows do not split into {heads} heads of an even size: check the head count.")
     return rows // (2 * heads)
 
 
@@ -138,15 +152,15 @@ def _swap_rows(weight: Array, split: Shape) -> Array:
 
 
 def raw_to_hf(name: str, weight: Array, params: Params) -> tuple[str, Array]:
-    """Translate one raw tensor, of a model or of a LoRA file, into its Hugging Face name and row order."""
+    """Translate one raw tensor, of a model or of a LoRA file, to its Hugging Face name and row order."""
     table = LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF
     heads = _ROTARY.get(_pattern_of(name)[0])
-    return table.forward(name), weight if heads is None else interleaved_to_half(weight, params[heads])
+    return table.to_target(name), weight if heads is None else interleaved_to_half(weight, params[heads])
 
 
 def hf_to_raw(name: str, weight: Array, params: Params) -> tuple[str, Array]:
-    """Undo `raw_to_hf`: one Hugging Face (or PEFT) tensor into its raw name and row order."""
-    raw_name = (LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF).backward(name)
+    """Undo `raw_to_hf`: translate one Hugging Face (or PEFT) tensor to its raw name and row order."""
+    raw_name = (LORA_TO_PEFT if ".lora_" in name else RAW_TO_HF).to_source(name)
     heads = _ROTARY.get(_pattern_of(raw_name)[0])
     return raw_name, weight if heads is None else half_to_interleaved(weight, params[heads])
 
@@ -177,33 +191,45 @@ def raw_shapes(params: Params) -> dict[str, Shape]:
 
 def hf_shapes(params: Params) -> dict[str, Shape]:
     """The name and shape of every tensor of a Hugging Face checkpoint with these normalized `params`."""
-    return {RAW_TO_HF.forward(name): shape for name, shape in raw_shapes(params).items()}
+    return {RAW_TO_HF.to_target(name): shape for name, shape in raw_shapes(params).items()}
 
 
 def check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:
-    """Raise `ValueError` unless a checkpoint holds exactly the expected tensors in the expected shapes."""
+    """Check that a checkpoint holds exactly the expected tensors in the expected shapes.
+
+    Args:
+        found: The shapes in the checkpoint, by name.
+        expected: The shapes that its configuration implies.
+        where: Names the checkpoint in an error, as the first words of a sentence.
+
+    Raises:
+        ValueError: A tensor is unknown, missing, or of another shape.
+    """
     unknown, missing = sorted(found.keys() - expected.keys()), sorted(expected.keys() - found.keys())
     if unknown:
-        raise ValueError(f"{where} holds {len(unknown)} tensors that {_refusal_of(unknown)}: {_some(unknown)}")
+        raise ValueError(f"{where} holds {len(unknown)} unexpected tensors, {_some(unknown)}: {_refusal_of(unknown)}.")
     if missing:
-        raise ValueError(f"{where} lacks {len(missing)} tensors: {_some(missing)}. Is a shard missing?")
+        raise ValueError(f"{where} lacks {len(missing)} tensors, {_some(missing)}: is a shard missing?")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise ValueError(f"{where}: {name} has shape {tuple(found[name])}, but the configuration says {shape}")
+            raise ValueError(
+                f"{where}: {name} has shape {tuple(found[name])}, but the configuration needs {shape}: the two do not"
+                " belong together."
+            )
 
 
 _FOREIGN_TENSORS = {
-    "experts": "belong to a mixture of experts, which is no dense Mistral",
-    "mixer": "belong to a mamba model, which is no Mistral transformer",
-    "vision": "belong to a vision tower, which a text model has no place for",
-    "qscale": "belong to a quantized checkpoint; convert the unquantized one",
-    "lora_": "belong to a LoRA adapter; convert it with its own folder",
+    "experts": "they belong to a mixture of experts, not a dense Mistral",
+    "mixer": "they belong to a mamba model, not a transformer",
+    "vision": "they belong to a vision tower, not a text model",
+    "qscale": "they belong to a quantized checkpoint; convert the unquantized one",
+    "lora_": "they belong to a LoRA adapter; convert it from its own folder",
 }
 
 
 def _refusal_of(names: Iterable[str]) -> str:
     joined = " ".join(names)
-    return next((why for part, why in _FOREIGN_TENSORS.items() if part in joined), "a dense Mistral has no place for")
+    return next((why for part, why in _FOREIGN_TENSORS.items() if part in joined), "a dense Mistral does not have them")
 
 
 def _some(names: Collection[str]) -> str:
@@ -215,12 +241,16 @@ def check_adapter(found: Mapping[str, Shape], params: Params, where: str) -> int
     """Check a raw adapter's tensors against the model that `params` describe, and return its rank.
 
     Args:
-        found: The shapes, by raw name: `lora_A` `[rank, inputs]` and `lora_B` `[outputs, rank]` for each projection.
+        found: The shapes, by raw name: ``lora_A`` ``[rank, inputs]`` and ``lora_B`` ``[outputs, rank]`` for each
+            projection.
         params: The normalized params of the base model.
-        where: What to call the adapter in an error.
+        where: Names the adapter in an error.
+
+    Raises:
+        ValueError: There are no tensors, or a tensor is unknown, missing, or of another shape.
     """
     if not found:
-        raise ValueError(f"{where} holds no tensors")
+        raise ValueError(f"{where} holds no tensors: copy the adapter again.")
     whole = raw_shapes(params)
     rank = min(next(iter(found.values())))
     expected: dict[str, Shape] = {}

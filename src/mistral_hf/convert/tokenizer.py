@@ -1,6 +1,6 @@
-"""Mistral's tokenizer files (SentencePiece `.model`, `tekken.json`) to `tokenizer.json` and `tokenizer_config.json`.
+"""Mistral's tokenizer files (SentencePiece, ``tekken.json``) to ``tokenizer.json`` and ``tokenizer_config.json``.
 
-Needs the `tokenizers` library alone: neither sentencepiece nor mistral-common, here or when the result is loaded.
+Neither the conversion nor loading its result needs sentencepiece or mistral-common, only the ``tokenizers`` library.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from ..chat.template import get_chat_template
 from .sentencepiece import read_sentencepiece, sentencepiece_tokenizer, sentencepiece_version
 from .tekken import read_tekken, tekken_tokenizer
 
+# The names of raw tokenizers; a tekken file comes before SentencePiece ones.
 RAW_TOKENIZER_FILES = (("tekken.json",), ("tokenizer.model", "*.model.v*"))
-"""The names of raw tokenizers; a tekken file goes before SentencePiece ones."""
 
 
 class TokenizerInfo(NamedTuple):
-    """What a converted tokenizer says of itself."""
+    """Version, size and special tokens of a converted tokenizer.
+
+    Attributes:
+        version: The key of `get_chat_template`, such as ``"v3"`` or ``"v3-tekken"``.
+        vocab_size: Number of tokens.
+        bos_token_id: Id of ``<s>``.
+        eos_token_id: Id of ``</s>``.
+        pad_token_id: Id of ``<pad>``, or of ``<unk>`` where there is no ``<pad>``.
+    """
 
     version: str
-    """Such as `"v3"` or `"v3-tekken"`: the key of `get_chat_template`."""
     vocab_size: int
     bos_token_id: int
     eos_token_id: int
@@ -32,17 +39,17 @@ class TokenizerInfo(NamedTuple):
 
 
 def find_raw_tokenizer(folder: str | Path) -> Path | None:
-    """The raw tokenizer file in a folder, or in its `original` subfolder; None if there is none.
+    """The raw tokenizer file in a folder, or in its ``original`` subfolder; None if there is none.
 
     Raises:
-        ValueError: If there are several that differ.
+        ValueError: There are several that differ.
     """
-    for place in (Path(folder), Path(folder) / "original"):
+    for parent in (Path(folder), Path(folder) / "original"):
         for patterns in RAW_TOKENIZER_FILES:
-            files = sorted(file for pattern in patterns for file in place.glob(pattern))
+            files = sorted(file for pattern in patterns for file in parent.glob(pattern))
             if len({file.read_bytes() for file in files}) > 1:
                 names = ", ".join(file.name for file in files)
-                raise ValueError(f"{place} holds several tokenizers ({names}): remove those not meant")
+                raise ValueError(f"{parent} holds several tokenizers ({names}): remove all but one.")
             if files:
                 return files[-1]
     return None
@@ -51,21 +58,29 @@ def find_raw_tokenizer(folder: str | Path) -> Path | None:
 def convert_tokenizer(
     source: str | Path, folder: str | Path, *, version: str | None = None, max_length: int | None = None
 ) -> TokenizerInfo:
-    """Write `tokenizer.json` and `tokenizer_config.json`, chat template included, for a raw tokenizer file.
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, chat template included, for a raw tokenizer file.
 
     Args:
-        source: A `tekken.json` or a SentencePiece `.model` file.
+        source: A ``tekken.json`` or a SentencePiece ``.model`` file.
         folder: An existing folder.
-        version: Such as `"v3"`, if the file is not what its own content says.
-        max_length: The model's longest input, for `model_max_length`.
+        version: Overrides the version found in the file, such as ``"v3"`` or ``"v3-tekken"``.
+        max_length: The model's longest input in tokens, for ``model_max_length``.
+
+    Returns:
+        The version, size and special tokens.
 
     Raises:
-        ValueError: If the file is damaged, of an unknown version, or no BPE model.
+        ValueError: The file is damaged, of an unknown version, or not a BPE model.
     """
     source = Path(source)
     if source.suffix == ".json":
         tokenizer, special, version = tekken_tokenizer(read_tekken(source), source, version)
     else:
+        if version is not None and version.endswith("-tekken"):
+            raise ValueError(
+                f"{source} is a SentencePiece file, so its version cannot be {version!r}: give"
+                f" {version.removesuffix('-tekken')!r}."
+            )
         model = read_sentencepiece(source)
         tokenizer, special = sentencepiece_tokenizer(model)
         version = version or sentencepiece_version(source, model)
@@ -96,14 +111,14 @@ def convert_tokenizer(
 def _id_of(tokenizer: Tokenizer, token: str) -> int:
     token_id = tokenizer.token_to_id(token)
     if token_id is None:
-        raise ValueError(f"the vocabulary lacks {token}")
+        raise ValueError(f"The vocabulary lacks {token}: this is not a Mistral tokenizer.")
     return int(token_id)
 
 
 def raw_encoder(source: str | Path) -> Callable[[str], list[int]]:
-    """A function that encodes text as a raw tokenizer file says, control tokens being mere text.
+    """A function that encodes text with a raw tokenizer file; control tokens in the text stay text.
 
-    It is mistral-common's own if that is installed, and the conversion's otherwise.
+    It uses mistral-common if that is installed, and the conversion otherwise.
     """
     source = Path(source)
     try:
@@ -123,6 +138,7 @@ def raw_encoder(source: str | Path) -> Callable[[str], list[int]]:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, special: Iterable[str]) -> None:
+    """Add the special tokens, and begin every text with ``<s>``."""
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     begin = ("<s>", _id_of(tokenizer, "<s>"))
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoints.reader import Checkpoint, open_checkpoint, same_bits
+from ..checkpoints.reader import Array, Checkpoint, open_checkpoint, same_bits
 from ..checkpoints.writer import Progress
 from .params import Params, complete_params, config_to_params, normalize_params, params_difference
 from .raw_forward import raw_logits
 from .tensors import RAW_TO_HF, hf_to_raw, raw_shapes
 from .tokenizer import find_raw_tokenizer, raw_encoder
 
+# Scripts, emoji, runs of spaces, code, and text that looks like control tokens.
 SAMPLE_TEXT = (
     "The quick brown fox jumps over the lazy dog. Größe, naïve café — 東京は晴れ、안녕하세요! Привет, שלום, مرحبا"
     " 👩‍👩‍👧\n\n  def f(x):\n\treturn x ** 2  # 12345\r\n[INST] </s> <unk> [/INST]   trailing spaces   "
 )
-"""Scripts, emoji, runs of spaces, code and look-alikes of control tokens."""
+
+_OPTIONAL_FIELDS = ("rope_theta", "max_seq_len")  # that a raw ``params.json`` may leave out
 
 
 class Check(NamedTuple):
-    """One comparison and its outcome. `ok` is None if it could not be made."""
+    """One comparison and its outcome.
+
+    Attributes:
+        name: What was compared.
+        ok: Whether it is the same; None if the comparison could not be made.
+        detail: What was found, or why there was no comparison.
+    """
 
     name: str
     ok: bool | None
@@ -38,12 +46,14 @@ class _Side(NamedTuple):
     params: Params
     checkpoint: Checkpoint
 
-    def read_raw(self, name: str) -> Any:
-        """A tensor under its raw name and in raw row order, whatever the folder's format."""
-        if self.is_raw:
-            return self.checkpoint.read(name)
-        hf_name = RAW_TO_HF.forward(name)
-        return hf_to_raw(hf_name, self.checkpoint.read(hf_name), self.params)[1]
+    def stored_name(self, raw_name: str) -> str:
+        return raw_name if self.is_raw else RAW_TO_HF.to_target(raw_name)
+
+    def read_raw(self, raw_name: str) -> Array:
+        """A tensor in the row order of the raw format, whatever the folder's format."""
+        name = self.stored_name(raw_name)
+        array = self.checkpoint.read(name)
+        return array if self.is_raw else hf_to_raw(name, array, self.params)[1]
 
 
 def verify(
@@ -58,34 +68,34 @@ def verify(
     """Compare two folders.
 
     Args:
-        a: A raw folder (`params.json`) or a Hugging Face one (`config.json`).
-        b: The other.
-        text: What both tokenizers encode, and the models read.
-        logits: Whether to run both models, in float32: the raw one with its own small forward, one layer in memory
-            at a time, the Hugging Face one with `AutoModelForCausalLM`, which needs memory for the whole model.
+        a: A raw folder (with ``params.json``) or a Hugging Face one (with ``config.json``).
+        b: The other folder.
+        text: The text that both tokenizers encode and both models read.
+        logits: Whether to run both models, in float32: a raw one with `raw_logits`, which holds one layer in memory at
+            a time, a Hugging Face one with ``AutoModelForCausalLM``, which needs memory for the whole model.
         tolerance: The largest difference of logits that passes, relative to the largest logit.
-        progress: Called with (tensors done, tensors in all).
+        progress: Called with (bytes done, bytes in all) while the tensors are compared.
 
     Yields:
-        One `Check` for the tensors, the configuration, the tokenizer and the logits each.
+        A `Check` each for the configuration, the tensors, the tokenizer and the logits.
+
+    Raises:
+        ValueError: A folder holds no checkpoint of a dense Mistral text model, or a damaged one.
     """
     with _open_side(Path(a)) as first, _open_side(Path(b)) as second:
-        unsaid = [field for field in _MAY_BE_UNSAID if None in (first.params[field], second.params[field])]
+        left_out = [field for field in _OPTIONAL_FIELDS if None in (first.params[field], second.params[field])]
         first, second = _filled(first, second), _filled(second, first)
-        yield _compare_config(first, second, unsaid)
+        yield _compare_config(first, second, left_out)
         yield _compare_tensors(first, second, progress)
         yield _compare_tokenizers(first, second, text)
         if logits:
             yield _compare_logits(first, second, text, tolerance)
 
 
-_MAY_BE_UNSAID = ("rope_theta", "max_seq_len")
-
-
 def _filled(side: _Side, other: _Side) -> _Side:
-    """Fill what a raw `params.json` may leave out from the other side."""
-    params = side.params | {f: other.params[f] for f in _MAY_BE_UNSAID if side.params[f] is None}
-    if None not in (params[f] for f in _MAY_BE_UNSAID):
+    """Fill the optional fields that are left out, from the other side or from the table of published models."""
+    params = side.params | {field: other.params[field] for field in _OPTIONAL_FIELDS if side.params[field] is None}
+    with suppress(ValueError):  # `_compare_logits` says what is missing
         params, _ = complete_params(params)
     return side._replace(params=params)
 
@@ -95,7 +105,7 @@ def _open_side(folder: Path) -> Iterator[_Side]:
     is_raw = (folder / "params.json").is_file() and not (folder / "config.json").is_file()
     path = folder / ("params.json" if is_raw else "config.json")
     if not path.is_file():
-        raise ValueError(f"{folder} holds neither params.json nor config.json, so it is no checkpoint")
+        raise ValueError(f"{folder} holds neither params.json nor config.json: give the folder of a checkpoint.")
     content = json.loads(path.read_text("utf-8"))
     params = normalize_params(content) if is_raw else config_to_params(content)
     stem = "consolidated" if is_raw else "model"
@@ -103,30 +113,32 @@ def _open_side(folder: Path) -> Iterator[_Side]:
         yield _Side(folder, is_raw, params, checkpoint)
 
 
-def _compare_config(a: _Side, b: _Side, unsaid: Sequence[str]) -> Check:
+def _compare_config(a: _Side, b: _Side, left_out: Sequence[str]) -> Check:
     differing = params_difference(a.params, b.params)
     detail = "; ".join(f"{field}: {x!r} and {y!r}" for field, (x, y) in differing.items()) or "all fields agree"
-    return Check(
-        "configuration", not differing, detail + (f" (not said on both: {', '.join(unsaid)})" if unsaid else "")
-    )
+    note = f" (not given by both: {', '.join(left_out)})" if left_out else ""
+    return Check("configuration", not differing, detail + note)
 
 
 def _compare_tensors(a: _Side, b: _Side, progress: Progress | None) -> Check:
-    names = list(raw_shapes(a.params))
-    other = set(raw_shapes(b.params))
-    if other != set(names):
-        return Check("tensors", False, f"different sets: {sorted(other ^ set(names))[:4]}")
-    for done, name in enumerate(names, 1):
+    names, others = list(raw_shapes(a.params)), set(raw_shapes(b.params))
+    if others != set(names):
+        return Check("tensors", False, f"different sets: {sorted(others ^ set(names))[:4]}")
+    sizes = [a.checkpoint[a.stored_name(name)].nbytes for name in names]
+    done, total = 0, sum(sizes)
+    for name, size in zip(names, sizes, strict=True):
         x, y = a.read_raw(name), b.read_raw(name)
         if not same_bits(x, y):
             what = f"{x.dtype} {x.shape} and {y.dtype} {y.shape}" if x.dtype != y.dtype else "different values"
             return Check("tensors", False, f"{name}: {what}")
+        done += size
         if progress is not None:
-            progress(done, len(names))
+            progress(done, total)
     return Check("tensors", True, f"{len(names)} tensors are the same, bit for bit")
 
 
 def _encoder(side: _Side) -> Callable[[str], list[int]] | None:
+    """A function that encodes text with the folder's tokenizer, if it has one; control tokens stay text."""
     raw = find_raw_tokenizer(side.folder)
     if side.is_raw:
         return None if raw is None else raw_encoder(raw)
@@ -142,17 +154,18 @@ def _compare_tokenizers(a: _Side, b: _Side, text: str) -> Check:
     encoders = _encoder(a), _encoder(b)
     missing = [str(side.folder) for side, encode in zip((a, b), encoders, strict=True) if encode is None]
     if missing:
-        return Check("tokenizer", None, f"not compared: no tokenizer in {' and '.join(missing)}")
-    ids = [encode(text) for encode in encoders if encode is not None]
-    wrong = next((i for i, (x, y) in enumerate(zip(*ids, strict=False)) if x != y), None)
-    if wrong is None and len(ids[0]) == len(ids[1]):
-        return Check("tokenizer", True, f"the same {len(ids[0])} ids for the sample text")
-    return Check(
-        "tokenizer", False, f"the ids differ from token {wrong if wrong is not None else min(map(len, ids))} on"
-    )
+        return Check("tokenizer", None, f"no tokenizer in {' and '.join(missing)}")
+    first, second = (encode(text) for encode in encoders if encode is not None)
+    if first == second:
+        return Check("tokenizer", True, f"the same {len(first)} ids for the sample text")
+    shorter = min(len(first), len(second))
+    wrong = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), shorter)
+    return Check("tokenizer", False, f"the ids differ from token {wrong} on")
 
 
 def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
+    if why := _why_no_logits(a.params) or _why_no_logits(b.params):
+        return Check("logits", None, why)
     encode = _encoder(a) or _encoder(b)
     vocab = a.params["vocab_size"]
     tokens = [1, *(encode(text) if encode else np.random.default_rng(0).integers(3, vocab, 64).tolist())]
@@ -163,7 +176,17 @@ def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
     )
 
 
+def _why_no_logits(params: Params) -> str | None:
+    """Why a model cannot be run, if that is so."""
+    if params["rope_theta"] is None:
+        return "neither folder gives rope_theta: add it to params.json (the model card gives it)"
+    if isinstance(params["sliding_window"], list):
+        return "the layers have different windows, and no max_seq_len within the smallest of them"
+    return None
+
+
 def _logits(side: _Side, tokens: Sequence[int]) -> Any:
+    """``[S, V]`` logits of S tokens in float32."""
     if side.is_raw:
         return raw_logits(side.checkpoint, side.params, tokens)
     import torch

@@ -1,0 +1,137 @@
+"""The commands: the scripts of ``conversion/`` and ``mistral-hf convert``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+from typer.testing import CliRunner
+
+from mistral_hf.cli import app as mistral_hf_app
+from mistral_hf.convert import console
+from mistral_hf.convert.folders import convert_raw_to_hf
+from tests.helpers.checkpoint_files import bits, load_folder, read_json
+from tests.helpers.processes import run_python
+from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw, write_raw_lora
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(name: str, *args: str | Path) -> Result:
+    """Run a script of ``conversion/`` as the command line would."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "conversion" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    app = typer.Typer()
+    app.command()(script.main)
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def test_the_commands_convert_there_and_back_and_verify(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    there = ["--input_dir", raw, "--output_dir", tmp_path / "hf"]
+    result = command("convert_mistral_weights_to_hf", *there, "--max_shard_size", "50KB", "--dtype", "float32")
+    assert (result.exit_code, "manifest.json" in result.stdout) == (0, True), result.output
+    again = command("convert_mistral_weights_to_hf", *there)
+    assert (again.exit_code, again.stderr.splitlines()[-1].startswith("Error: ")) == (1, True)
+    assert command("convert_mistral_weights_to_hf", *there, "--overwrite").exit_code == 0
+    back = ["--input_dir", tmp_path / "hf", "--output_dir", tmp_path / "back"]
+    assert command("convert_hf_weights_to_mistral", *back).exit_code == 0
+    assert bits(load_file(tmp_path / "back/consolidated.safetensors")) == bits(raw_tensors(COMMON))
+    same = command("verify_conversion", raw, tmp_path / "hf")
+    assert (same.exit_code, same.stdout.count("same: ")) == (0, 3), same.output
+    (raw / "params.json").write_text(json.dumps({**COMMON, "norm_eps": 1e-3}))
+    assert command("verify_conversion", raw, tmp_path / "hf", "--no_logits").exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["verify_conversion", "convert_mistral_weights_to_hf"])
+def test_the_commands_draw_a_progress_bar_in_a_terminal(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Visible(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "disable": False})
+
+    monkeypatch.setattr(console, "tqdm", Visible)
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    arguments = [raw, raw] if name == "verify_conversion" else ["--input_dir", raw, "--output_dir", tmp_path / "hf"]
+    result = command(name, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "100%" in result.stderr
+    assert "B/s" in result.stderr
+
+
+def test_a_command_runs_as_a_program() -> None:
+    line = [sys.executable, str(ROOT / "conversion/convert_mistral_weights_to_hf.py"), "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "--max_position_embeddings" in result.stdout
+
+
+def test_the_commands_only_print() -> None:
+    """The rules are in the package: the commands import only it and their argument parser."""
+    for path in (ROOT / "conversion").glob("*.py"):
+        lines = [line for line in path.read_text().splitlines() if line.startswith(("import ", "from "))]
+        assert {line.split()[1].split(".")[0] for line in lines} <= {"pathlib", "typing", "typer", "mistral_hf"}
+
+
+def test_the_package_command_converts_like_the_script(tmp_path: Path) -> None:
+    """``mistral-hf convert`` is the script under another name."""
+    params = GENERATIONS[next(iter(GENERATIONS))]
+    raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
+    result = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf"), "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    convert_raw_to_hf(raw, tmp_path / "expected", dtype="float32")
+    assert bits(load_folder(tmp_path / "hf")) == bits(load_folder(tmp_path / "expected"))
+    assert read_json(tmp_path / "hf/config.json") == read_json(tmp_path / "expected/config.json")
+    again = CliRunner().invoke(mistral_hf_app, ["convert", str(raw), str(tmp_path / "hf")])
+    assert again.exit_code == 1
+    assert "overwrite" in again.stderr
+
+
+def test_a_comparison_that_cannot_be_made_does_not_fail(tmp_path: Path) -> None:
+    params = {name: value for name, value in COMMON.items() if name != "rope_theta"}
+    for name in "ab":
+        write_raw(tmp_path / name, params, raw_tensors(COMMON))
+    result = command("verify_conversion", tmp_path / "a", tmp_path / "b")
+    assert (result.exit_code, result.stdout.count("same: "), result.stdout.count("not compared: ")) == (0, 2, 2)
+
+
+def test_the_commands_convert_adapters_and_refuse_options_of_whole_models(tmp_path: Path) -> None:
+    write_raw_lora(tmp_path / "lora")
+    there = ["--input_dir", tmp_path / "lora", "--output_dir", tmp_path / "peft"]
+    refused = command("convert_mistral_weights_to_hf", *there, "--rope_theta", "10000")
+    assert refused.exit_code == 1
+    assert "is an adapter" in refused.stderr
+    assert "rope_theta" in refused.stderr
+    assert command("convert_mistral_weights_to_hf", *there, "--dtype", "bfloat16").exit_code == 0
+    result = CliRunner().invoke(mistral_hf_app, ["convert", str(tmp_path / "lora"), str(tmp_path / "peft2")])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pth", "pth-2"])
+def test_a_missing_ml_dtypes_is_named_with_its_remedy_on_one_line(layout: str, tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON), layout)
+    code = """
+import sys
+from typer.testing import CliRunner
+from mistral_hf.cli import app
+result = CliRunner().invoke(app, ["convert", *sys.argv[1:]])
+print(result.exit_code, result.stderr, sep="|")
+"""
+    line = f"sys.argv = ['', {str(raw)!r}, {str(tmp_path / 'hf')!r}]"
+    exit_code, error = run_python(line + code, hidden=("ml_dtypes",)).strip().split("|")
+    assert exit_code == "1"
+    assert re.fullmatch(r"Error: .*bfloat16.* ml_dtypes.* pip install 'mistral_hf\[convert\]'.*", error)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
