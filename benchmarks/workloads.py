@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import mistral_hf
 
-from .harness import REFERENCE, SUBJECT, Case, Cost, Run
+from .harness import CPU, REFERENCE, SUBJECT, Case, Cost, Run
 from .models import IMPLEMENTATIONS, TINY, Shape
 
 WARM_UP = 64  # tokens
@@ -74,7 +74,7 @@ class ModelCase(Case):
     def ids(self, length: int) -> Tensor:
         """Random tokens ``[B, length]`` on the default device, the same in every call."""
         generator = torch.Generator().manual_seed(length)
-        ids = torch.randint(self.shape.vocab_size, (self.batch, length), generator=generator)
+        ids = torch.randint(self.shape.vocab_size, (self.batch, length), generator=generator, device=CPU)
         return ids.to(torch.get_default_device())
 
     def _cost(self, items: int, tokens: int, kept: int, pairs: int, keys: int, times: int = 1) -> Cost:

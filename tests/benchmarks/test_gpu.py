@@ -1,11 +1,13 @@
 """The GPU benchmark runs end to end on the CPU in tiny sizes; the times that it measures there mean nothing."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import gpu, harness, plot
 from benchmarks.gpu_cases import CASES, GpuPrefill, make_models
@@ -63,6 +65,27 @@ def test_versions_share_their_weights() -> None:
     ours, reference = (dict(model.named_parameters()) for model in models.values())
     assert ours.keys() == reference.keys()
     assert all(ours[name].data_ptr() == reference[name].data_ptr() for name in ours)
+
+
+@pytest.fixture
+def other_default_device() -> Iterator[torch.device]:
+    """A default device that is not the CPU."""
+    with torch.device("meta") as device:
+        yield device
+
+
+def test_ids_are_drawn_on_the_cpu_and_moved_to_the_default_device(
+    other_default_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CUDA, a generator of the CPU draws on the CPU only; `randint` raises there for any other device."""
+    randint = torch.randint
+
+    def checked(*sizes: Any, generator: torch.Generator, device: torch.device | None = None) -> Tensor:
+        assert (device or torch.get_default_device()) == generator.device
+        return randint(*sizes, generator=generator, device=device)
+
+    monkeypatch.setattr(torch, "randint", checked)
+    assert CASES[0].ids(4).device == other_default_device
 
 
 def test_costs_are_those_of_the_model() -> None:
