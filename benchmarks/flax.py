@@ -86,16 +86,16 @@ def compiling(tiny: bool) -> dict[str, Any]:
 def compile_seconds(shape: Shape, scan_layers: bool) -> dict[str, float]:
     """Tracing and compiling: the forward pass, and the two programs of `generate`, for a prompt of 16 tokens."""
     model = FlaxMistralForCausalLM(shape.config(tie_word_embeddings=True), scan_layers=scan_layers)
-    ids, real, key = jnp.ones((1, 16), jnp.int32), jnp.ones((1, 16), bool), jax.random.key(0)
+    ids = jnp.ones((1, 16), jnp.int32)
+    prompt = (model.params, ids, jnp.ones((1, 16), bool), jax.random.key(0))
     prefill, decode = programs_of(model, 64)
     seconds = {}
     start = time.perf_counter()
     jax.jit(lambda params, ids: model(ids, params=params).logits).lower(model.params, ids).compile()
     seconds["forward"] = time.perf_counter() - start
     start = time.perf_counter()
-    prefill.lower(model.params, ids, real, key).compile()
-    state = jax.eval_shape(prefill, model.params, ids, real, key)
-    decode.lower(model.params, state, 5).compile()
+    prefill.lower(*prompt).compile()
+    decode.lower(model.params, jax.eval_shape(prefill, *prompt), 5).compile()
     seconds["generate"] = time.perf_counter() - start
     return seconds
 

@@ -130,7 +130,7 @@ def test_a_disagreement_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert [case["name"] for case in json.loads(output.read_text())["cases"]] == ["decode_short"]
 
 
-def test_ratio_of_medians_and_extremes_of_pairs() -> None:
+def test_a_ratio_is_that_of_the_medians_with_the_extremes_of_the_pairs() -> None:
     assert harness.ratio([1.0, 2.0, 4.0], [3.0, 8.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 4.0}
 
 
