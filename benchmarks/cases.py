@@ -1,10 +1,10 @@
-"""The named cases: what everybody does, what the window is about, prompts by length, and a long one in chunks."""
+"""The named cases: everyday work, work past the window, prompts by length, and a long prompt in chunks."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from .harness import Case
-from .workloads import Decoding, Generation, Importing, Loading, Prefill, Shape, Training
+from .models import Shape
+from .workloads import Decoding, Generation, Importing, Loading, Prefill, Training
 
 SHORT = Generation(
     name="decode_short",
@@ -16,7 +16,6 @@ SHORT = Generation(
 )
 EVERYDAY = (
     SHORT,
-    replace(SHORT, name="decode_short_fused", title="the same, our projections fused", fused=True),
     replace(SHORT, name="decode_short_compiled", title="the same, our step compiled", compiled=True),
     Prefill(name="prefill_short", title="prompt of 512 tokens", group="everyday", length=512, repeats=9),
     Prefill(
@@ -123,16 +122,3 @@ CHUNKS = Generation(
 )
 
 CASES: tuple[Case, ...] = (*EVERYDAY, *WINDOW, *LENGTHS, CHUNKS)
-
-
-def select(names: Sequence[str]) -> list[Case]:
-    """The cases of these names or groups, in the order of `CASES`; all of them without names.
-
-    Raises:
-        ValueError: There is no case or group of a name.
-    """
-    known = {case.name for case in CASES} | {case.group for case in CASES}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise ValueError(f"No case or group is called {', '.join(unknown)}. There are: {', '.join(sorted(known))}.")
-    return [case for case in CASES if not names or case.name in names or case.group in names]

@@ -1,17 +1,15 @@
-"""Measure both versions on a GPU, and print the table of speed, limits and memory: ``python -m benchmarks.gpu --help``.
+"""Measure both versions on a GPU and print speed, limits and memory: ``python -m benchmarks.gpu --help``.
 
 A model of the shape of Mistral-7B (random weights, bfloat16, W=4096) decodes and reads prompts with mistral_hf and with
-the library's own Mistral, samples alternating in one process. ``--tiny --device cpu`` shows in seconds that all of it
-runs; the times that it measures then mean nothing.
+the library's own Mistral; samples alternate in one process. ``--tiny --device cpu`` checks in seconds that everything
+runs; its times mean nothing.
 """
 
 import argparse
 import gc
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,171 +17,101 @@ from torch import Tensor
 
 from mistral_hf.torch.flash_kernels import find_kernels
 
-from .gpu_cases import CASES, MISTRAL_7B, TINY, GpuCase, make_models, select
+from .gpu_cases import CASES, GpuCase, make_models
 from .harness import (
     REFERENCE,
     SUBJECT,
     TOLERANCES,
-    AgreementError,
+    VERSIONS,
     Limits,
     Run,
-    _best_seconds,
-    _time_record,
+    case_record,
     environment,
     interleave,
-    ratio,
-    write_json,
+    measure_limits,
+    synchronize,
 )
+from .report import finish, make_parser, measure_cases, output_path, parse_cases, print_header
 
-RESULT = Path(__file__).parent / "results" / "gpu.json"
 COLUMNS = "{:<28}{:>12}{:>12}{:>9}{:>10}{:>10}{:>9}{:>12}{:>12}"
+TITLES = ("case", SUBJECT, REFERENCE, "speedup", "of limit", "limit", "memory", REFERENCE, "seconds")
 WINDOW = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`."""
-    options = parse(arguments)
-    if options.list:
-        for case in CASES:
-            print(f"{case.group:<17}{case.name:<28}{case.title}")
-        return
+    options, cases = parse(arguments)
     device = torch.device(options.device)
-    with default_device(device):
-        limits = measure_limits(device, 1, 64) if options.tiny else measure_limits(device)
-        cases = chosen(options)
-        record = {"environment": machine(device), "limits": asdict(limits), "cases": []}
-        print_header(record["environment"], limits)
+    with device:  # new tensors are made on it
+        limits = measure_limits(device, ("bfloat16",), options.tiny)
+        record: dict[str, Any] = {"environment": machine(device), "limits": asdict(limits), "cases": []}
+        print("mistral_hf, reference and limit in tokens/s; memory is the peak, weights included")
+        print_header(record["environment"], limits, COLUMNS, TITLES)
         models = make_models(cases[0].shape, cases[0].window or WINDOW, torch.bfloat16, device)
-        disagreements = []
-        for case in cases:
-            try:
-                result = measure(case, models, limits, device)
-            except AgreementError as error:
-                disagreements.append(str(error))
-                continue
-            record["cases"].append(result)
-            print_result(result)
-            if options.output:
-                write_json(options.output, record)
+        measure_case = partial(measure, models=models, limits=limits, device=device)
+        disagreements = measure_cases(cases, measure_case, record, print_result, options.output)
     if options.output:
-        print(f"written: {options.output}; python -m benchmarks.plot {options.output} draws it")
-    if disagreements:
-        sys.exit("Not counted:\n" + "\n".join(disagreements))
+        print(f"python -m benchmarks.plot {options.output} draws the results")
+    finish(options.output, record, disagreements)
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; what cannot work ends the program with a message."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=[], metavar="NAME", help="names or groups (default: all)")
-    parser.add_argument("--list", action="store_true", help="list groups and cases")
-    parser.add_argument("--repeats", type=int, metavar="N", help="samples of each version (default: by case)")
-    parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 32)")
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[GpuCase]]:
+    """The options and the cases; options that cannot work end the program with a message."""
+    parser = make_parser("gpu", __doc__, "--cases", "--list", "--repeats", "--layers", "--tiny", "--output")
     parser.add_argument("--attention", metavar="NAME", help="attention implementation of all cases (default: by case)")
     parser.add_argument("--device", default="cuda", help="where to run (default: %(default)s)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (default: benchmarks/results/gpu.json)")
-    options = parser.parse_args(arguments)
-    for name in ("repeats", "layers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
-    if options.device.startswith("cuda") and not torch.cuda.is_available() and not options.list:
-        parser.error(f"--device {options.device}: there is no CUDA device; --tiny --device cpu shows that it runs")
-    try:
-        select(options.cases)
-    except ValueError as error:
-        parser.error(str(error))
-    if options.output is None and not options.tiny:
-        options.output = RESULT
-    return options
-
-
-def chosen(options: argparse.Namespace) -> list[GpuCase]:
-    """The cases, in the sizes that were asked for."""
-    cases = select(options.cases)
-    if options.tiny:
-        cases = [case.tiny() for case in cases]
-    shape = replace(TINY if options.tiny else MISTRAL_7B, **({"layers": options.layers} if options.layers else {}))
-    changes = {"repeats": options.repeats, "attention": options.attention}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return [replace(case, shape=shape, **given) for case in cases]
-
-
-@contextmanager
-def default_device(device: torch.device) -> Iterator[None]:
-    """Make new tensors there."""
-    before = torch.get_default_device()
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(before)
+    options, cases = parse_cases(parser, arguments, CASES)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(
+            f"--device {options.device}: there is no CUDA device; --tiny --device cpu checks that the benchmark runs"
+        )
+    options.output = output_path(options, "gpu")
+    return options, [replace(case, attention=options.attention or case.attention) for case in cases]
 
 
 def measure(case: GpuCase, models: dict[str, Any], limits: Limits, device: torch.device) -> dict[str, Any]:
-    """Measure a case with both versions, as far as they can run it.
+    """Measure a case with each version that can run it.
 
     Returns:
-        The record of the case, ready for JSON: times in seconds, memory in bytes; and for a version that cannot run the
-        case, why.
+        The record of the case, ready for JSON: times in seconds, memory in bytes; for a version that cannot run the
+        case, the reason.
 
     Raises:
         AgreementError: The versions disagree.
     """
     runs: dict[str, Run] = {}
-    versions: dict[str, dict[str, Any]] = {}
+    unavailable: dict[str, dict[str, str]] = {}
     for version, model in models.items():
         try:
             model.set_attn_implementation(case.attention)
             runs[version] = synchronized(case.prepare(model, version), device)
         except (ImportError, ValueError, torch.OutOfMemoryError) as error:
-            versions[version] = {"unavailable": str(error).splitlines()[0]}
-    cost = case.cost()
-    missing: dict[str, Run] = {version: nothing for version in models if version not in runs}
-    seconds, difference = interleave(case.name, runs | missing, case.repeats, TOLERANCES[case.dtype])
-    least, bound_by = limits.least_seconds(cost)
-    for version, run in runs.items():
-        versions[version] = _time_record(seconds[version], cost, least)
-        if case.peak_memory and device.type == "cuda":
-            versions[version]["peak_memory_bytes"] = peak_memory(run, device)
+            unavailable[version] = {"unavailable": str(error).splitlines()[0]}
+    seconds, difference = interleave(case.name, runs, case.repeats, TOLERANCES[case.dtype])
+    record = case_record(case, limits, seconds, difference)
+    if case.peak_memory and device.type == "cuda":
+        for version, run in runs.items():
+            record["versions"][version]["peak_memory_bytes"] = peak_memory(run, device)
+    record["versions"] |= unavailable
     runs.clear()
     gc.collect()
     torch.compiler.reset()
-    return {
-        "name": case.name,
-        "title": case.title,
-        "group": case.group,
-        "settings": case.settings(),
-        "versions": versions,
-        "speedup": ratio(seconds[SUBJECT], seconds[REFERENCE]) if not missing else None,
-        "limit": {"seconds": least, "bound_by": bound_by, **asdict(cost)},
-        "largest_relative_difference": difference,
-    }
-
-
-def nothing() -> None:
-    """In the place of a version that cannot run a case."""
+    return record
 
 
 def synchronized(run: Run, device: torch.device) -> Run:
-    """The same, but it returns only when the device is done."""
+    """The same function, which returns only when the device has finished."""
 
-    def wait_for() -> Tensor | None:
+    def run_and_wait() -> Tensor | None:
         result = run()
-        wait(device)
+        synchronize(device)
         return result
 
-    return wait_for
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return run_and_wait
 
 
 def peak_memory(run: Run, device: torch.device) -> int:
-    """Most bytes that are allocated during a run, the weights among them."""
+    """The largest number of bytes allocated during a run, with the weights."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
@@ -191,24 +119,8 @@ def peak_memory(run: Run, device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def measure_limits(device: torch.device, megabytes: int = 2048, order: int = 8192, trials: int = 10) -> Limits:
-    """Measure copies and sums of tensors of that many megabytes, and bfloat16 matrix products of that order."""
-    source = torch.ones(megabytes * 2**18, device=device)
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, order, order, device=device).bfloat16().unbind()
-
-    def best(work: Callable[[], Any]) -> float:
-        return _best_seconds(lambda: (work(), wait(device)), trials)
-
-    return Limits(
-        copy_bandwidth=2 * source.nbytes / best(lambda: target.copy_(source)),
-        read_bandwidth=source.nbytes / best(source.sum),
-        matrix_rate={"bfloat16": 2 * order**3 / best(lambda: a @ b)},
-    )
-
-
 def machine(device: torch.device) -> dict[str, Any]:
-    """The machine and the software, the GPU and its kernels among them."""
+    """The machine and the software, with the GPU and its kernels."""
     found = environment()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -222,39 +134,27 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def flash_kernels_name() -> str:
-    """Whose kernels mistral_hf uses for flash_attention_2."""
+    """Name of the kernels that mistral_hf uses for flash_attention_2."""
     try:
         return find_kernels().name
     except ImportError:
         return "none"
 
 
-def print_header(found: dict[str, Any], limits: Limits) -> None:
-    """The machine, its limits and the columns."""
-    print(f"{found.get('gpu', found['cpu'])}, torch {found['torch']}, transformers {found['transformers']}")
-    print(
-        f"limits: copy {limits.copy_bandwidth / 1e9:.0f} GB/s, read {limits.read_bandwidth / 1e9:.0f} GB/s,"
-        f" bfloat16 matrix products {limits.matrix_rate['bfloat16'] / 1e12:.1f} TFLOP/s; tokens/s and peak memory:\n"
-    )
-    names = ("case", SUBJECT, "reference", "speedup", "of limit", "limit", "memory", "reference", "seconds")
-    print(COLUMNS.format(*names), flush=True)
-
-
 def print_result(result: dict[str, Any]) -> None:
-    """One line: tokens a second, how many times faster, the share of the limit; peak memory; seconds of a run."""
-    subject, reference = (result["versions"][version] for version in (SUBJECT, REFERENCE))
-    limit = result["limit"]
-    speedup = result["speedup"]
-    cells = [result["name"], *(rate(version) for version in (subject, reference))]
+    """Print tokens/s, the speedup, the share of the limit, the peak memory and the seconds of a run."""
+    versions, limit, speedup = result["versions"], result["limit"], result["speedup"]
+    subject = versions[SUBJECT]
+    cells = [result["name"], *(rate(versions[version]) for version in VERSIONS)]
     cells.append(f"{speedup['median']:.2f}x" if speedup else "-")
     cells.append(f"{subject['share_of_limit']:.0%}" if "seconds" in subject else "-")
     cells.append(f"{limit['items'] / limit['seconds']:.0f}")
-    cells += [memory(version) for version in (subject, reference)]
+    cells += [memory(versions[version]) for version in VERSIONS]
     cells.append(f"{subject['seconds']['median']:.4f}" if "seconds" in subject else "-")
     print(COLUMNS.format(*cells), flush=True)
-    for version in (SUBJECT, REFERENCE):
-        if "unavailable" in result["versions"][version]:
-            print(f"  {version}: {result['versions'][version]['unavailable']}", flush=True)
+    for version in VERSIONS:
+        if "unavailable" in versions[version]:
+            print(f"  {version}: {versions[version]['unavailable']}", flush=True)
 
 
 def rate(version: dict[str, Any]) -> str:

@@ -1,66 +1,46 @@
-"""What is measured on a GPU: decoding on a filled cache and prompts, with a model of the shape of Mistral-7B.
+"""The named cases for a GPU: decoding on a filled cache, and prompts, with a model of the shape of Mistral-7B.
 
-Legend: B batch, K key/value heads, D head_dim, V vocabulary, W window.
+Legend: B batch, K key/value heads, S tokens, D head_dim, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache
 
-import mistral_hf
+from .harness import SUBJECT, Run
+from .models import IMPLEMENTATIONS, MISTRAL_7B, TINY, Shape
+from .workloads import ModelCase, Prefill, Steps
 
-from .harness import SUBJECT, Cost, Run
-from .workloads import IMPLEMENTATIONS, ModelCase, Shape
-
-MISTRAL_7B = Shape(
-    layers=32, hidden_size=4096, intermediate_size=14336, heads=32, kv_heads=8, head_dim=128, vocab_size=32000
-)
-TINY = Shape(layers=2, hidden_size=64, intermediate_size=128, heads=4, kv_heads=2, head_dim=16, vocab_size=256)
-CHUNK = 4096  # tokens of a piece of a prompt that is read in pieces
+CHUNK = 4096  # tokens
 
 
 def make_models(shape: Shape, window: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Both versions with the same random weights, which lie in memory once."""
+    """Both versions with the same random weights, which are in memory once."""
     models: dict[str, Any] = {}
-    for version, implementation in IMPLEMENTATIONS.items():
-        config = implementation.config_class(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            sliding_window=window,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-            tie_word_embeddings=False,
-            bos_token_id=None,
-            eos_token_id=None,
-            dtype=dtype,
-            attn_implementation="sdpa",
+    for version, (config_class, model_class) in IMPLEMENTATIONS.items():
+        config = shape.config(
+            config_class, sliding_window=window, tie_word_embeddings=False, dtype=dtype, attn_implementation="sdpa"
         )
-        if not models:
-            with device:
-                model = implementation.model_class._from_config(config, dtype=dtype)
+        with torch.device("meta") if models else device:
+            model = model_class._from_config(config, dtype=dtype)
+        if models:
+            model.load_state_dict(models[SUBJECT].state_dict(), assign=True)
+            model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers are not saved
+        else:
             generator = torch.Generator(device).manual_seed(0)
             for parameter in (weight for weight in model.parameters() if weight.ndim > 1):
                 parameter.data.normal_(std=0.02, generator=generator)
-        else:
-            with torch.device("meta"):
-                model = implementation.model_class._from_config(config, dtype=dtype)
-            model.load_state_dict(models[SUBJECT].state_dict(), assign=True)
-            model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers are not saved
         models[version] = model.eval().requires_grad_(False)
     return models
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuCase(ModelCase):
-    """What the cases have in common.
+    """A case whose models are made once for all cases, by `make_models`.
 
     Attributes:
         attention: Attention implementation of both versions.
@@ -82,83 +62,56 @@ class GpuCase(ModelCase):
             repeats=2,
         )
 
-    def ids(self, length: int) -> Tensor:
-        """Random tokens ``[B, length]`` on the device that is the default, always the same."""
-        return super().ids(length).to(torch.get_default_device())
-
 
 @dataclass(frozen=True, kw_only=True)
-class GpuDecoding(GpuCase):
-    """Steps of one token a row on caches that hold `length` random keys and values.
+class GpuDecoding(GpuCase, Steps):
+    """Steps on a filled cache.
 
     Attributes:
-        compiled: Run the step as one CUDA graph on static caches, and not eagerly on the default ones.
-        fused: The subject's projections are fused.
+        compiled: Run the step as one CUDA graph on preallocated caches, instead of eagerly on the default ones.
     """
 
     compiled: bool = False
-    fused: bool = False
 
     def prepare(self, model: Any, version: str) -> Run:
-        """A run takes `tokens` steps further; it returns the last logits ``[B, V]``."""
-        if version == SUBJECT:
-            (model.fuse_projections if self.fused else model.unfuse_projections)()
-        cache = self.filled_cache(model, version)
-        new = self.ids(self.tokens)
-        forward = torch.compile(model.forward, **self.compiler_options()) if self.compiled else model.forward
+        """A run takes `tokens` further steps; it returns the last logits ``[B, V]``."""
+        warm_ups = 2 if self.compiled else 1  # the second run records the CUDA graph
+        capacity = self.length + self.tokens * (self.repeats + warm_ups + 1)
+        cache = self.filled_cache(model, version, capacity if self.compiled else None)
+        steps = self.steps(self._compiled(model) if self.compiled else model.forward, cache)
 
         @torch.inference_mode(not self.compiled)
-        @torch.no_grad()
         def run() -> Tensor:
-            for step in range(self.tokens):
-                torch.compiler.cudagraph_mark_step_begin()
-                logits = forward(new[:, step : step + 1], past_key_values=cache, use_cache=True).logits
-            return logits[:, -1].clone()
+            return steps().clone()  # the next run overwrites a CUDA graph's outputs
 
-        for _ in range(self.warm_ups()):
+        for _ in range(warm_ups):
             run()
         return run
 
-    def cost(self) -> Cost:
-        """A decoding step for every token."""
-        keys = self.batch * min(self.length, self.window or self.length)
-        return self._cost(self.batch * self.tokens, self.batch, self.batch, keys, keys, times=self.tokens)
+    def store(self, cache: Cache, states: Tensor, layer: int) -> None:
+        """Add keys and values ``[2, B, K, S, D]`` in two calls, after which no cache keeps all of `states` alive."""
+        cache.update(*states[:, :, :, :-1], layer)
+        cache.update(*states[:, :, :, -1:], layer)
 
-    def compiler_options(self) -> dict[str, Any]:
-        """CUDA graphs on a GPU; elsewhere only the tracing, to see that it runs."""
+    def _compiled(self, model: Any) -> Callable[..., Any]:
+        """The forward pass as a CUDA graph; without a GPU it is only traced, which shows that it runs."""
         on_gpu = torch.get_default_device().type == "cuda"
-        return {"mode": "reduce-overhead"} if on_gpu else {"backend": "eager"}
+        options: dict[str, Any] = {"mode": "reduce-overhead"} if on_gpu else {"backend": "eager"}
+        compiled = torch.compile(model.forward, **options)
 
-    def warm_ups(self) -> int:
-        """Runs until a CUDA graph has been recorded."""
-        return 2 if self.compiled else 1
+        def forward(*inputs: Any, **options: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*inputs, **options)
 
-    @torch.no_grad()
-    def filled_cache(self, model: Any, version: str) -> Cache:
-        """The version's cache for this case."""
-        reach = self.length + self.tokens * (self.repeats + self.warm_ups() + 1)
-        cache: Cache
-        if version == SUBJECT:
-            cache = mistral_hf.RollingCache(model.config, max_cache_len=reach if self.compiled else None)
-        elif self.compiled:
-            cache = StaticCache(config=model.config, max_cache_len=reach)
-        else:
-            cache = DynamicCache(config=model.config)
-        generator = torch.Generator(torch.get_default_device()).manual_seed(1)
-        size = (2, self.batch, self.shape.kv_heads, self.length, self.shape.head_dim)
-        for layer in range(self.shape.layers):
-            states = torch.randn(size, generator=generator, dtype=model.dtype)
-            cache.update(*states[:, :, :, :-1], layer)
-            cache.update(*states[:, :, :, -1:], layer)  # after this, no cache keeps the whole of `states` alive
-        return cache
+        return forward
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuPrefill(GpuCase):
-    """A prompt until the first token, from an empty cache.
+class GpuPrefill(GpuCase, Prefill):
+    """A prompt from an empty cache to the first token.
 
     Attributes:
-        chunk: Read the prompt in pieces of so many tokens, or None.
+        chunk: Tokens of a chunk of the prompt, or None for the whole prompt in one pass.
     """
 
     chunk: int | None = None
@@ -183,11 +136,6 @@ class GpuPrefill(GpuCase):
         run()
         return run
 
-    def cost(self) -> Cost:
-        """One forward pass."""
-        tokens = self.batch * self.length
-        return self._cost(tokens, tokens, self.batch, self.batch * self._visible_pairs(), keys=0)
-
 
 DECODING = tuple(
     GpuDecoding(
@@ -203,13 +151,6 @@ DECODING = tuple(
     for compiled in (False, True)
     for batch in (1, 8, 32)
     for length in (1024, 8192, 32768)
-)
-FUSED = tuple(
-    replace(
-        case, name=f"{case.name}_fused", title=f"{case.title}, our projections fused", group="decode_fused", fused=True
-    )
-    for case in DECODING
-    if not case.compiled and case.length == 8192
 )
 PREFILL = tuple(
     GpuPrefill(
@@ -227,24 +168,11 @@ CHUNKED = tuple(
     replace(
         case,
         name=f"{case.name}_chunked",
-        title=f"{case.title}, in pieces of {CHUNK}",
+        title=f"{case.title}, in chunks of {CHUNK}",
         group="prefill_chunked",
         chunk=CHUNK,
     )
     for case in PREFILL
     if case.length == 65536
 )
-CASES: tuple[GpuCase, ...] = (*DECODING, *FUSED, *PREFILL, *CHUNKED)
-
-
-def select(names: Sequence[str]) -> list[GpuCase]:
-    """The cases of these names or groups, in the order of `CASES`; all of them without names.
-
-    Raises:
-        ValueError: There is no case or group of a name.
-    """
-    known = {case.name for case in CASES} | {case.group for case in CASES}
-    unknown = sorted(set(names) - known)
-    if unknown:
-        raise ValueError(f"No case or group is called {', '.join(unknown)}. There are: {', '.join(sorted(known))}.")
-    return [case for case in CASES if not names or case.name in names or case.group in names]
+CASES: tuple[GpuCase, ...] = (*DECODING, *PREFILL, *CHUNKED)

@@ -1,9 +1,8 @@
-"""Draw what was measured: ``python -m benchmarks.plot RESULTS.json [--output PNG]``.
+"""Draw measured results: ``python -m benchmarks.plot RESULTS.json [--output PNG]``.
 
-Of `benchmarks.run`, prefill time and peak memory against the length; of `benchmarks.gpu`, the speed-up against it.
+`benchmarks.run` gives time and peak memory of prompts by their length; `benchmarks.gpu` gives the speed-up.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .harness import REFERENCE, SUBJECT
+from .report import RESULTS, make_parser
 
-RESULTS = Path(__file__).parent / "results"
 STYLES = {
     SUBJECT: {"label": "mistral_hf", "color": "tab:orange", "marker": "o"},
     REFERENCE: {"label": "Transformers", "color": "tab:gray", "marker": "s"},
@@ -23,15 +22,15 @@ STYLES = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
+    parser = make_parser("plot", __doc__)
     parser.add_argument(
-        "results", type=Path, help="JSON of benchmarks.run, with the group 'lengths', or of benchmarks.gpu"
+        "results", type=Path, help="JSON of benchmarks.run with the group 'lengths', or of benchmarks.gpu"
     )
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: in benchmarks/results")
     options = parser.parse_args(arguments)
     try:
         record = json.loads(options.results.read_text())
-        of_gpu = "device" in record["environment"]
+        of_gpu = "device" in record["environment"]  # only benchmarks.gpu records one
         figure = draw_speedup(record) if of_gpu else draw(record)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -77,11 +76,11 @@ def draw_speedup(record: dict[str, Any]) -> Figure:
     """Two panels, decoding and prompts, from a record of `benchmarks.gpu`.
 
     Raises:
-        ValueError: Nothing was measured with both versions.
+        ValueError: No case was measured with both versions.
     """
     results = [result for result in record["cases"] if result["speedup"]]
     if not results:
-        raise ValueError("Nothing was measured with both versions: there is no speed-up to plot.")
+        raise ValueError("No case was measured with both versions: there is no speed-up to plot.")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("decode", "prefill"), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}

@@ -1,18 +1,17 @@
 """Measure training steps and 4-bit loading: ``python -m benchmarks.training --help``.
 
 A step is forward, backward and AdamW, with gradient checkpointing in both versions, on the same data: one text of 4096
-tokens, or texts of different lengths packed into as many. The subject computes its loss from all logits, as the
-reference does, or in chunks.
+tokens, or texts of different lengths packed into that many tokens. The subject computes its loss from all logits, as
+the reference does, or in chunks.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils.logging import disable_progress_bar
 
-from mistral_hf import BUNDLED_CHECKPOINT, MistralConfig, MistralForCausalLM
+from mistral_hf import BUNDLED_CHECKPOINT, MistralForCausalLM
 
-from .harness import SUBJECT, Run, environment, in_fresh_process, measure, measure_limits, write_json
-from .run import RESULTS, print_header, print_result
-from .workloads import WARM_UP, Shape, Training
+from .harness import SUBJECT, environment, in_fresh_process, measure, measure_limits
+from .models import MISTRAL_7B, TINY, Shape
+from .report import finish, make_parser, measure_cases, output_path, print_header, print_result, read_json, resized
+from .workloads import Training
 
 FOUR_LAYERS = Shape(layers=4)
 TEXTS = (1280, 64, 700, 12, 256, 400, 90, 1294)  # tokens of packed texts
@@ -35,8 +35,8 @@ class Step(Training):
     """One step of 4096 tokens.
 
     Attributes:
-        packed: The tokens are several texts, their positions restarting.
-        chunk: Tokens whose logits the subject's loss needs at a time, or None for all at once.
+        packed: Whether the tokens are several texts, with positions that restart.
+        chunk: Tokens whose logits the subject's loss holds at a time, or None for all tokens together.
     """
 
     length: int = 4096
@@ -56,28 +56,15 @@ class Step(Training):
             model.config.loss_chunk_size = self.chunk
         return model
 
-    def prepare(self, model: Any, version: str) -> Run:
-        """A run returns the loss and the norm of the gradient, ``[2]``."""
-        inputs = {"input_ids": self.ids(self.length)}
-        inputs["labels"] = inputs["input_ids"].clone()
+    def inputs(self) -> dict[str, Tensor]:
+        """Inputs of the model, ``[1, length]`` each."""
+        inputs = super().inputs()
         if self.packed:
             lengths = torch.tensor(TEXTS) * self.length // sum(TEXTS)
             lengths[-1] += self.length - lengths.sum()
             inputs["position_ids"] = torch.cat([torch.arange(length) for length in lengths.tolist()])[None]
-            inputs["labels"][inputs["position_ids"] == 0] = -100
-        model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-        def run(length: int = self.length) -> Tensor:
-            loss = model(**{name: values[:, :length] for name, values in inputs.items()}, use_cache=False).loss
-            loss.backward()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            optimizer.step()
-            optimizer.zero_grad()
-            return torch.stack([loss.detach(), norm])
-
-        run(min(WARM_UP, self.length))
-        return run
+            inputs["labels"] = inputs["labels"].masked_fill(inputs["position_ids"] == 0, -100)
+        return inputs
 
 
 CASES = tuple(
@@ -99,23 +86,21 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
 }
 QUANTIZATION = "quantization"
-TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def measure_format(name: str, layers: int, **shape: int) -> dict[str, Any]:
-    """Load a model of 7B shapes with few layers, and compute the perplexity of the bundled one; for a fresh process.
+def measure_format(name: str, shape: Shape) -> dict[str, Any]:
+    """Load a random model, and compute the perplexity of the bundled checkpoint; for a fresh process.
 
     Args:
         name: One of `FORMATS`.
-        layers: Layers of the model.
-        shape: Fields of the configuration in place of those of 7B.
+        shape: Sizes of the random model.
 
     Returns:
-        Seconds of loading; bytes of the loaded model, and of one of 32 layers; perplexity of the held-out text.
+        Seconds of loading; bytes of the loaded model, and of one with 32 layers; perplexity of the held-out text.
     """
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model = MistralForCausalLM(MistralConfig(num_hidden_layers=layers, dtype="bfloat16", **shape))
+        model = MistralForCausalLM(shape.config(dtype="bfloat16"))
         model.to(torch.bfloat16).save_pretrained(folder)
         _load(BUNDLED_CHECKPOINT, name)
         start = time.perf_counter()
@@ -126,13 +111,13 @@ def measure_format(name: str, layers: int, **shape: int) -> dict[str, Any]:
         "format": name,
         "load_seconds": seconds,
         "bytes": total,
-        "bytes_of_32_layers": total + (32 - layers) * inside // layers,
+        "bytes_of_32_layers": total + (32 - shape.layers) * inside // shape.layers,
         "perplexity": _perplexity(_load(BUNDLED_CHECKPOINT, name)),
     }
 
 
 def _stored_bytes(module: torch.nn.Module) -> int:
-    """Bytes of the parameters and buffers, with the constants of quantized ones."""
+    """Bytes of the parameters and buffers, with the constants of quantized parameters."""
     total = sum(buffer.nbytes for buffer in module.buffers())
     for parameter in module.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -160,45 +145,34 @@ def _perplexity(model: Any, length: int = 512) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line `arguments`."""
     options = parse(arguments)
-    record: dict[str, Any] = {"cases": {}, QUANTIZATION: {}}
-    if options.output and options.output.exists():
-        record |= json.loads(options.output.read_text())
+    record: dict[str, Any] = {"cases": {}, QUANTIZATION: {}, **read_json(options.output)}
     record["environment"] = environment()
-    limits = measure_limits(1, 64, 2) if options.tiny else measure_limits()
+    limits = measure_limits(tiny=options.tiny)
     print_header(record["environment"], limits)
-    for case in CASES:
-        if case.name in options.cases:
-            case = case.tiny() if options.tiny else case
-            result = measure(case, limits, "sdpa", options.repeats, memory=not options.tiny)
-            record["cases"][case.name] = result | {"limits": asdict(limits)}
-            print_result(result)
-    if QUANTIZATION in options.cases:
-        for name in FORMATS:
-            found = measure_format(name, 1, **TINY) if options.tiny else in_fresh_process(measure_format, name, 2)
-            record[QUANTIZATION][name] = found
-            print(
-                f"{name:<12} loaded in {found['load_seconds']:.1f} s; 32 layers:"
-                f" {found['bytes_of_32_layers'] / 2**30:.2f} GiB; perplexity {found['perplexity']:.2f}",
-                flush=True,
-            )
-    if options.output:
-        write_json(options.output, record)
-        print(f"written: {options.output}")
+    cases = resized((case for case in CASES if case.name in options.cases), options)
+    measure_case = partial(measure, limits=limits, attention="sdpa", memory=not options.tiny)
+    new: dict[str, Any] = {"cases": []}
+    disagreements = measure_cases(cases, measure_case, new, print_result, None)
+    record["cases"] |= {result["name"]: {**result, "limits": asdict(limits)} for result in new["cases"]}
+    for name in FORMATS if QUANTIZATION in options.cases else ():
+        shape = replace(MISTRAL_7B, layers=2)
+        found = measure_format(name, TINY) if options.tiny else in_fresh_process(measure_format, name, shape)
+        record[QUANTIZATION][name] = found
+        print(
+            f"{name:<12} loaded in {found['load_seconds']:.1f} s; 32 layers:"
+            f" {found['bytes_of_32_layers'] / 2**30:.2f} GiB; perplexity {found['perplexity']:.2f}",
+            flush=True,
+        )
+    finish(options.output, record, disagreements)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options."""
+    """The options; the output keeps its other cases."""
     names = [*(case.name for case in CASES), QUANTIZATION]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    parser = make_parser("training", __doc__, "--repeats", "--tiny", "--output")
     parser.add_argument("--cases", nargs="+", default=names, choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--repeats", type=int, metavar="N", help="samples of each version (default: 3)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="JSON, whose other cases are kept (default: results/training.json)"
-    )
     options = parser.parse_args(arguments)
-    if options.output is None and not options.tiny:
-        options.output = RESULTS / "training.json"
+    options.output = output_path(options, "training")
     return options
 
 

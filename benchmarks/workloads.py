@@ -1,81 +1,40 @@
-"""The kinds of work that cases are made of. Legend: B batch, V vocabulary, W window."""
+"""The kinds of work that cases consist of. Legend: B batch, V vocabulary, W window."""
 
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation.configuration_utils import CompileConfig
-from transformers.models.mistral.configuration_mistral import MistralConfig as ReferenceConfig
-from transformers.models.mistral.modeling_mistral import MistralForCausalLM as ReferenceModel
 from transformers.utils.logging import disable_progress_bar
 
 import mistral_hf
 
-from .harness import REFERENCE, SUBJECT, Case, Cost, Run
+from .harness import CPU, REFERENCE, SUBJECT, Case, Cost, Run
+from .models import IMPLEMENTATIONS, TINY, Shape
 
 WARM_UP = 64  # tokens
-
-
-class Implementation(NamedTuple):
-    """The classes of one version."""
-
-    config_class: Any
-    model_class: Any
-
-
-IMPLEMENTATIONS = {
-    SUBJECT: Implementation(mistral_hf.MistralConfig, mistral_hf.MistralForCausalLM),
-    REFERENCE: Implementation(ReferenceConfig, ReferenceModel),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, by default one of 135M parameters."""
-
-    layers: int = 30
-    hidden_size: int = 576
-    intermediate_size: int = 1536
-    heads: int = 9
-    kv_heads: int = 3
-    head_dim: int = 64
-    vocab_size: int = 49152
-
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer's matrices."""
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim * self.hidden_size
-        return attention + 3 * self.hidden_size * self.intermediate_size
-
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of the output layer, which are the embeddings too."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of all matrices."""
-        return self.layers * self.layer_parameters + self.head_parameters
-
-
-TINY = Shape(layers=2, hidden_size=64, intermediate_size=128, heads=4, kv_heads=2, head_dim=16, vocab_size=256)
+MODEL_135M = Shape()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCase(Case):
-    """What the cases that run a model have in common.
+    """A case that runs a model.
 
     Attributes:
         length: Prompt tokens, or tokens in the cache, of every sequence.
         window: W, or None for full attention.
+        batch: B.
         tokens: New tokens of a sample.
+        dtype: Name of the weights' dtype.
+        shape: Sizes of the model.
     """
 
     length: int
@@ -83,7 +42,7 @@ class ModelCase(Case):
     batch: int = 1
     tokens: int = 1
     dtype: str = "float32"
-    shape: Shape = Shape()
+    shape: Shape = MODEL_135M
 
     def tiny(self) -> "ModelCase":
         """The same case in the smallest sizes."""
@@ -96,21 +55,12 @@ class ModelCase(Case):
         return replace(self, shape=replace(self.shape, layers=layers))
 
     def load(self, version: str, attention: str) -> Any:
-        """The model, its weights the same whichever version it is."""
-        implementation, shape = IMPLEMENTATIONS[version], self.shape
-        config = implementation.config_class(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.intermediate_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
+        """The model; both versions have the same weights."""
+        implementation = IMPLEMENTATIONS[version]
+        config = self.shape.config(
+            implementation.config_class,
             sliding_window=self.window,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
             attn_implementation=attention,
         )
         model = implementation.model_class(config).eval()
@@ -122,20 +72,21 @@ class ModelCase(Case):
         return model
 
     def ids(self, length: int) -> Tensor:
-        """Random tokens ``[B, length]``, always the same."""
+        """Random tokens ``[B, length]`` on the default device, the same in every call."""
         generator = torch.Generator().manual_seed(length)
-        return torch.randint(self.shape.vocab_size, (self.batch, length), generator=generator)
+        ids = torch.randint(self.shape.vocab_size, (self.batch, length), generator=generator, device=CPU)
+        return ids.to(torch.get_default_device())
 
     def _cost(self, items: int, tokens: int, kept: int, pairs: int, keys: int, times: int = 1) -> Cost:
-        """Cost of a forward pass, `times` over.
+        """Cost of a number of forward passes.
 
         Args:
-            items: Tokens by which the work is counted.
+            items: Tokens that count as the work.
             tokens: New tokens of all sequences.
-            kept: Those of them that get logits.
-            pairs: Pairs of a query and a key that it sees.
+            kept: How many of them get logits.
+            pairs: Pairs of a query and a visible key.
             keys: Cached keys to read, of all sequences.
-            times: How often that work is done.
+            times: Number of forward passes.
         """
         shape = self.shape
         size = getattr(torch, self.dtype).itemsize
@@ -151,39 +102,36 @@ class ModelCase(Case):
         )
 
     def _visible_pairs(self) -> int:
-        """Pairs of query and key in one sequence of `length` tokens."""
+        """Pairs of a query and a visible key in one sequence of `length` tokens."""
         window = min(self.window or self.length, self.length)
         return window * (window + 1) // 2 + (self.length - window) * window
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(ModelCase):
-    """``generate`` from a prompt, greedily.
+    """Greedy ``generate`` from a prompt.
 
     Attributes:
         chunk: ``prefill_chunk_size`` of both versions.
-        compiled: The subject's step is compiled, the reference's is not.
-        fused: The subject's projections are fused.
+        compiled: Whether the subject's step is compiled; the reference's is not.
     """
 
     chunk: int | None = None
     compiled: bool = False
-    fused: bool = False
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the new tokens ``[B, tokens]``."""
         prompt = self.ids(self.length)
-        if self.fused and version == SUBJECT:
-            model.fuse_projections()
+        options: dict[str, Any] = {"do_sample": False, "prefill_chunk_size": self.chunk}
+        if self.compiled and version == SUBJECT:
+            compilation = CompileConfig(mode="default")
+            compilation._compile_all_devices = True
+            options |= {"cache_implementation": "static", "compile_config": compilation}
 
         def generate(tokens: int = self.tokens) -> Tensor:
-            options = {"max_new_tokens": tokens, "do_sample": False, "prefill_chunk_size": self.chunk}
-            if self.compiled and version == SUBJECT:
-                options |= {"cache_implementation": "static", "compile_config": compilation}
-            return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[:, self.length :]
+            sequences = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, **options)
+            return sequences[:, self.length :]
 
-        compilation = CompileConfig(mode="default")
-        compilation._compile_all_devices = True
         if self.chunk is None:
             generate(2)
         return generate
@@ -196,9 +144,50 @@ class Generation(ModelCase):
         return self._cost(self.batch * self.tokens, self.batch, self.batch, keys, keys, times=self.tokens)
 
 
+class Steps(ModelCase):
+    """Decoding steps on a cache that already holds `length` tokens (random keys and values)."""
+
+    def cost(self) -> Cost:
+        """A decoding step for every token."""
+        keys = self.batch * min(self.length, self.window or self.length)
+        return self._cost(self.batch * self.tokens, self.batch, self.batch, keys, keys, times=self.tokens)
+
+    @torch.no_grad()
+    def filled_cache(self, model: Any, version: str, capacity: int | None) -> Cache:
+        """The version's default cache, or its preallocated one for `capacity` tokens, filled on the default device."""
+        cache: Cache
+        if version == SUBJECT:
+            cache = mistral_hf.RollingCache(model.config, max_cache_len=capacity)
+        elif capacity is not None:
+            cache = StaticCache(config=model.config, max_cache_len=capacity)
+        else:
+            cache = DynamicCache(config=model.config)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(1)
+        size = (2, self.batch, self.shape.kv_heads, self.length, self.shape.head_dim)
+        for layer in range(self.shape.layers):
+            self.store(cache, torch.randn(size, generator=generator, dtype=model.dtype), layer)
+        return cache
+
+    def store(self, cache: Cache, states: Tensor, layer: int) -> None:
+        """Add keys and values ``[2, B, kv_heads, length, head_dim]`` to a layer."""
+        cache.update(*states, layer)
+
+    def steps(self, forward: Callable[..., Any], cache: Cache) -> Callable[[], Tensor]:
+        """A function that takes `tokens` further steps and returns the last logits ``[B, V]``."""
+        new = self.ids(self.tokens)
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            for step in range(self.tokens):
+                logits = forward(new[:, step : step + 1], past_key_values=cache, use_cache=True).logits
+            return logits[:, -1]
+
+        return run
+
+
 @dataclass(frozen=True, kw_only=True)
-class Decoding(ModelCase):
-    """Decoding steps on a cache that already holds `length` tokens (random keys and values).
+class Decoding(Steps):
+    """Steps through the model or through ``generate``.
 
     Attributes:
         through: "forward", one call a token; or "generate".
@@ -210,39 +199,10 @@ class Decoding(ModelCase):
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run continues where the last one ended; it returns the last logits ``[B, V]`` or the new tokens."""
-        cache = self._filled_cache(model, version)
-        run = self._steps(model, cache) if self.through == "forward" else self._generation(model, cache)
+        is_static = version == REFERENCE and self.reference_cache == "static"
+        cache = self.filled_cache(model, version, 2 * self.length if is_static else None)
+        run = self.steps(model, cache) if self.through == "forward" else self._generation(model, cache)
         run()
-        return run
-
-    def cost(self) -> Cost:
-        """A decoding step for every token."""
-        keys = self.batch * min(self.length, self.window or self.length)
-        return self._cost(self.batch * self.tokens, self.batch, self.batch, keys, keys, times=self.tokens)
-
-    def _filled_cache(self, model: Any, version: str) -> Cache:
-        cache: Cache
-        if version == SUBJECT:
-            cache = mistral_hf.RollingCache(model.config)
-        elif self.reference_cache == "static":
-            cache = StaticCache(config=model.config, max_cache_len=2 * self.length)
-        else:
-            cache = DynamicCache(config=model.config)
-        generator = torch.Generator().manual_seed(1)
-        size = (2, self.batch, self.shape.kv_heads, self.length, self.shape.head_dim)
-        for layer in range(self.shape.layers):
-            cache.update(*torch.randn(size, generator=generator).to(model.dtype), layer)
-        return cache
-
-    def _steps(self, model: Any, cache: Cache) -> Run:
-        new = self.ids(self.tokens)
-
-        @torch.no_grad()
-        def run() -> Tensor:
-            for step in range(self.tokens):
-                logits = model(new[:, step : step + 1], past_key_values=cache, use_cache=True).logits
-            return logits[:, -1]
-
         return run
 
     def _generation(self, model: Any, cache: Cache) -> Run:
@@ -255,7 +215,7 @@ class Decoding(ModelCase):
 
 
 class Prefill(ModelCase):
-    """A prompt through the model, with a cache, for the last token's logits: what ``generate`` does first."""
+    """A prompt through the model, with a cache, up to the last token's logits: the first work of ``generate``."""
 
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the last logits ``[B, V]``."""
@@ -277,14 +237,19 @@ class Prefill(ModelCase):
 class Training(ModelCase):
     """One step: forward, backward and AdamW."""
 
+    def inputs(self) -> dict[str, Tensor]:
+        """Inputs of the model, ``[B, length]`` each."""
+        ids = self.ids(self.length)
+        return {"input_ids": ids, "labels": ids}
+
     def prepare(self, model: Any, version: str) -> Run:
         """A run returns the loss and the norm of the gradient, ``[2]``."""
-        ids = self.ids(self.length)
+        inputs = self.inputs()
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
         def run(length: int = self.length) -> Tensor:
-            loss = model(ids[:, :length], labels=ids[:, :length], use_cache=False).loss
+            loss = model(**{name: values[:, :length] for name, values in inputs.items()}, use_cache=False).loss
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
             optimizer.step()
@@ -301,7 +266,7 @@ class Training(ModelCase):
 
 
 class Loading(ModelCase):
-    """``from_pretrained`` of a saved checkpoint that lies in the page cache."""
+    """``from_pretrained`` of a saved checkpoint that is in the page cache."""
 
     def load(self, version: str, attention: str) -> tempfile.TemporaryDirectory[str]:
         """A folder with the checkpoint, as the reference saves it."""
@@ -340,15 +305,7 @@ print(json.dumps({{"seconds": seconds, "modules": sorted(new)}}))
 
 
 class Importing(Case):
-    """An interpreter that imports torch and the library's Mistral, and with the subject this package too."""
-
-    def tiny(self) -> "Importing":
-        """The same, once."""
-        return replace(self, repeats=1)
-
-    def with_layers(self, layers: int) -> "Importing":
-        """There is no model here."""
-        return self
+    """An interpreter that imports torch and the library's Mistral, and this package too for the subject."""
 
     def load(self, version: str, attention: str) -> str:
         """The program."""
@@ -358,18 +315,18 @@ class Importing(Case):
         """A run starts a process and has no result."""
 
         def run() -> None:
-            _python(program)
+            run_python("-c", program)
 
         run()
         return run
 
     def cost(self) -> Cost:
-        """There is no limit to compare with."""
+        """No limit applies."""
         return Cost(items=1, unit="imports", bytes_moved=0, operations=0)
 
     def details(self) -> dict[str, Any]:
-        """Seconds of ``import mistral_hf`` alone, once the others are there, and the modules that it adds."""
-        found = [json.loads(_python(IMPORT_DETAILS)) for _ in range(self.repeats)]
+        """Seconds of ``import mistral_hf`` alone, after the other imports, and the modules that it adds."""
+        found = [json.loads(run_python("-c", IMPORT_DETAILS)) for _ in range(self.repeats)]
         modules = found[0]["modules"]
         return {
             "added_seconds": statistics.median(sample["seconds"] for sample in found),
@@ -378,5 +335,6 @@ class Importing(Case):
         }
 
 
-def _python(program: str) -> str:
-    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+def run_python(*arguments: str) -> str:
+    """The output of a fresh interpreter; its messages go to this process's error stream."""
+    return subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout

@@ -1,4 +1,4 @@
-"""Trains a model to answer questions by a span of the text that follows them.
+"""Trains a model to answer a question with a span of the text that follows it.
 
 python examples/answer_questions.py --steps 80
 """
@@ -23,7 +23,7 @@ PLACES = ("London", "Paris", "Rome", "Bath", "Vienna", "Dublin")
 
 
 def questions(count: int, tokenizer, seed: int) -> list[dict]:
-    """A question, then a text with its answer, as ids, with the answer's first and last token."""
+    """Questions, each followed by a text with its answer, as ids, with the positions of the answer's two ends."""
     draw = random.Random(seed)
     return [question(draw.choice(PERSONS), draw.choice(PLACES), draw.random() < 0.5, tokenizer) for _ in range(count)]
 
@@ -34,21 +34,21 @@ def question(person: str, place: str, where: bool, tokenizer) -> dict:
     start = text.index(answer, len(asked))
     encoded = tokenizer(text, return_offsets_mapping=True)
     offsets = encoded.pop("offset_mapping")
-    inside = [place for place, (first, last) in enumerate(offsets) if first < start + len(answer) and last > start]
+    inside = [index for index, (first, last) in enumerate(offsets) if first < start + len(answer) and last > start]
     return {**encoded, "start_positions": inside[0], "end_positions": inside[-1]}
 
 
 def exact_match(prediction) -> dict[str, float]:
-    """Share of the answers whose both ends are right."""
+    """Share of answers with both ends right."""
     found = [logits.argmax(-1) for logits in prediction.predictions]
-    start, end = (right == places for right, places in zip(found, prediction.label_ids, strict=True))
+    start, end = (positions == labels for positions, labels in zip(found, prediction.label_ids, strict=True))
     return {"exact_match": float((start & end).mean())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--output", type=Path, default=Path("runs/answer_questions"), help="folder of the model")
+    parser.add_argument("--output", type=Path, default=Path("runs/answer_questions"), help="output folder")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -56,7 +56,7 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-    tokenizer.padding_side = "right"  # so that an answer's place in the batch is that in its own sequence
+    tokenizer.padding_side = "right"  # keeps the positions of an answer in a padded batch
     trainer = Trainer(
         AutoModelForQuestionAnswering.from_pretrained(options.model, dtype=torch.float32),
         TrainingArguments(

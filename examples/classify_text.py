@@ -37,7 +37,7 @@ def accuracy(prediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--output", type=Path, default=Path("runs/classify_text"), help="folder of the classifier")
+    parser.add_argument("--output", type=Path, default=Path("runs/classify_text"), help="output folder")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=5e-4)

@@ -1,4 +1,4 @@
-"""Trains a classifier of tokens: which words of a sentence are names of persons and of places?
+"""Trains a classifier of tokens: which words of a sentence name a person or a place?
 
 python examples/classify_tokens.py --steps 60
 """
@@ -25,7 +25,7 @@ SENTENCES = ("{person} went to {place}.", "In {place} he met {person}.", "We saw
 
 
 def sentences(count: int, tokenizer, seed: int) -> list[dict]:
-    """Sentences as ids, every token with the label of the name that it belongs to."""
+    """Sentences as ids, every token with the label of its name, or of no name."""
     draw = random.Random(seed)
     return [
         labelled(draw.choice(SENTENCES), draw.choice(PERSONS), draw.choice(PLACES), tokenizer) for _ in range(count)
@@ -46,7 +46,7 @@ def labelled(sentence: str, person: str, place: str, tokenizer) -> dict:
 
 
 def accuracy(prediction) -> dict[str, float]:
-    """Share of the names' tokens that are found."""
+    """Share of the tokens in names that get their label."""
     names = prediction.label_ids > 0
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids)[names].mean())}
 
@@ -54,7 +54,7 @@ def accuracy(prediction) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--output", type=Path, default=Path("runs/classify_tokens"), help="folder of the classifier")
+    parser.add_argument("--output", type=Path, default=Path("runs/classify_tokens"), help="output folder")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

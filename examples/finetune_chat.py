@@ -1,4 +1,4 @@
-"""Tunes a model on conversations, with a loss on the assistant's words only.
+"""Fine-tunes a model on conversations; only the assistant's words count in the loss.
 
 python examples/finetune_chat.py --steps 30
 python examples/finetune_chat.py --model mistralai/Mistral-7B-v0.3 --conversations chats.jsonl --lora
@@ -20,29 +20,29 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "England": "L
 
 
 def conversations(path: Path | None) -> Dataset:
-    """One ``{"messages": [{"role": ..., "content": ...}, ...]}`` a line; without a file, a few made up."""
+    """One ``{"messages": [{"role": ..., "content": ...}, ...]}`` a line; without a file, a few built-in ones."""
     if path is not None:
         return Dataset.from_json(str(path))
-    made_up = [
+    capitals = [
         [
             {"role": "user", "content": f"What is the capital of {country}?"},
             {"role": "assistant", "content": f"The capital of {country} is {capital}."},
         ]
         for country, capital in CAPITALS.items()
     ]
-    return Dataset.from_list([{"messages": messages} for messages in made_up])
+    return Dataset.from_list([{"messages": messages} for messages in capitals])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--conversations", type=Path, help="JSON lines (default: a few questions and answers)")
-    parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="folder of the tuned model")
-    parser.add_argument("--template", default="v3", help="tokenizer version whose form of conversation is learnt")
+    parser.add_argument("--conversations", type=Path, help="JSON lines (default: a few built-in questions and answers)")
+    parser.add_argument("--output", type=Path, default=Path("runs/chat"), help="output folder")
+    parser.add_argument("--template", default="v3", help="tokenizer version of the chat template to learn")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--lora", action="store_true", help="train an adapter in place of all weights")
+    parser.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -54,7 +54,7 @@ def main() -> None:
         SFTConfig(
             output_dir=str(options.output),
             assistant_only_loss=True,
-            padding_free=True,  # packed without padding; the sequences do not see each other
+            padding_free=True,  # packed without padding; sequences do not attend to each other
             max_length=None,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,

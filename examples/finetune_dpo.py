@@ -1,4 +1,4 @@
-"""Teaches preferences: of two answers to a prompt, the chosen one becomes likelier than the rejected one (DPO, LoRA).
+"""Trains preferences (DPO with LoRA): the chosen answer to a prompt becomes likelier than the rejected answer.
 
 python examples/finetune_dpo.py --steps 30
 python examples/finetune_dpo.py --model mistralai/Mistral-7B-v0.3 --preferences pairs.jsonl --learning-rate 5e-6
@@ -17,7 +17,7 @@ from mistral_hf.bundled import BUNDLED_CHECKPOINT  # importing mistral_hf regist
 
 
 def preferences(path: Path | None) -> Dataset:
-    """One pair a line, as ``{"prompt": ..., "chosen": ..., "rejected": ...}``; without a file, a few made up."""
+    """One pair a line, as ``{"prompt": ..., "chosen": ..., "rejected": ...}``; without a file, a few built-in ones."""
     if path is not None:
         return Dataset.from_json(str(path))
     people = ("the captain", "my aunt", "the old doctor", "her brother", "the king", "a stranger")
@@ -36,12 +36,12 @@ def preferences(path: Path | None) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--preferences", type=Path, help="JSON lines (default: a few made up)")
-    parser.add_argument("--output", type=Path, default=Path("runs/dpo"), help="folder of the adapter")
+    parser.add_argument("--preferences", type=Path, help="JSON lines (default: a few built-in pairs)")
+    parser.add_argument("--output", type=Path, default=Path("runs/dpo"), help="output folder")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--beta", type=float, default=0.1, help="strength of the pull back to the model of the start")
+    parser.add_argument("--beta", type=float, default=0.1, help="how strongly the model stays close to the initial one")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -62,7 +62,7 @@ def main() -> None:
         ),
         train_dataset=preferences(options.preferences),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),  # without it, the reference model
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),  # the base is the reference model
     )
     trainer.train()
     trainer.save_model()

@@ -24,15 +24,15 @@ from mistral_hf.bundled import BUNDLED_CHECKPOINT  # importing mistral_hf regist
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
-    parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="paragraphs to learn")
-    parser.add_argument("--output", type=Path, default=Path("runs/lora"), help="folder of the adapter")
+    parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="text file to train on")
+    parser.add_argument("--output", type=Path, default=Path("runs/lora"), help="output folder")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4, help="paragraphs that are packed into one sequence")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a paragraph, which is cut there")
+    parser.add_argument("--batch-size", type=int, default=4, help="paragraphs packed into one sequence")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of a paragraph; longer ones are cut")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--load-in-4bit", action="store_true", help="QLoRA: frozen weights in NF4 (bitsandbytes)")
-    parser.add_argument("--merge", action="store_true", help="also save the model with the adapter merged into it")
+    parser.add_argument("--merge", action="store_true", help="also save the model with the merged adapter")
     options = parser.parse_args()
 
     quantization = BitsAndBytesConfig(

@@ -1,4 +1,4 @@
-"""Reads a shared beginning once and continues it in two ways, each with a copy of its cache.
+"""Reads a shared prefix once and continues it in several ways, each with a copy of its cache.
 
 python examples/reuse_prefix.py --endings " and the king" " but the child"
 """
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--prefix", default="The door was open, the lamp was out, and nobody answered. Then")
     parser.add_argument("--endings", nargs="+", default=[" the captain", " a little girl"])
     parser.add_argument("--max-new-tokens", type=int, default=30)
-    parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's; in float32 no rounding shows")
+    parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's; float32 avoids rounding differences")
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -1,4 +1,4 @@
-"""Reads prompts much longer than the window in pieces, and shows that the cache's size does not depend on their length.
+"""Reads prompts much longer than the window in chunks, and shows that the size of the cache does not grow with them.
 
 python examples/stream_long_prompt.py --chunk 256
 """
@@ -13,7 +13,7 @@ from mistral_hf.bundled import BUNDLED_CHECKPOINT
 
 
 def bytes_of(cache: RollingCache) -> int:
-    """Bytes of memory behind all keys and values, whatever part of it they show."""
+    """Bytes of the storages of all keys and values, which can be larger than the tensors."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.key_buffer, layer.value_buffer)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(BUNDLED_CHECKPOINT), help="folder or hub id of a checkpoint")
     parser.add_argument("--text", type=Path, default=BUNDLED_CHECKPOINT / "heldout.txt", help="a long text to read")
-    parser.add_argument("--chunk", type=int, default=256, help="tokens read at once")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a chunk")
     parser.add_argument("--max-new-tokens", type=int, default=20)
     options = parser.parse_args()
 

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """What a training took: tokens seen, tokens in the training text, seconds of both clocks, and on what."""
+    """The size and cost of a training.
+
+    Attributes:
+        parameters: Parameters of the model.
+        tokens: Tokens that the model was trained on, repetitions included.
+        corpus_tokens: Tokens of the training text.
+        wall: Seconds of wall-clock time.
+        processor: Seconds of processor time.
+        hardware: The device.
+    """
 
     parameters: int
     tokens: int
@@ -28,7 +37,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """Perplexity of ``text``, cut into blocks of ``length`` tokens, with the sliding window and without it."""
+    """Perplexity of a text that is cut into blocks.
+
+    Attributes:
+        text: Name of the text.
+        length: Tokens of a block.
+        tokens: Tokens of all blocks.
+        windowed: Perplexity with the sliding window.
+        full: Perplexity with full attention.
+    """
 
     text: str
     length: int
@@ -39,12 +56,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """Perplexities and samples of the finished model."""
+
     rows: list[Row]
     samples: list[str]
 
 
 def render(corpus: list[SourceText], settings: Settings, run: Run, evaluation: Evaluation) -> str:
-    """The card as Markdown with the hub's metadata block."""
+    """Write the card as Markdown with the hub's metadata block."""
     return CARD.format(
         window=settings.window,
         length=settings.length,
@@ -106,10 +125,10 @@ to ship with a package and real enough to test with:
 - {settings.layers} layers of width {settings.hidden_size}, tied embeddings,
 - grouped-query attention: {settings.heads} query heads, {settings.key_value_heads} key/value heads,
 - a sliding window of {window} tokens, shorter than the {length} tokens that it was trained on,
-- a byte-fallback BPE tokenizer of {settings.vocab_size:,} tokens, whose `<pad>` is a token of its own.
+- a byte-fallback BPE tokenizer of {settings.vocab_size:,} tokens, with a separate `<pad>` token.
 
-**Intended use:** tests and demonstrations. It writes recognisable English sentences, but it knows nothing: it is not
-fit to answer questions or to inform anyone. It repeats the views of its sources, some of them centuries old.
+**Intended use:** tests and demonstrations. It writes recognisable English sentences, but it is not fit to answer
+questions or to inform anyone. It repeats the views of its sources, some of which are centuries old.
 
 ## Training data
 
@@ -121,7 +140,7 @@ documents.
 
 ## Training
 
-`python examples/tiny_mistral/train.py` reproduces this folder, as far as another machine's arithmetic allows.
+`python examples/tiny_mistral/train.py` reproduces this folder, up to rounding on other machines.
 
 - {settings.steps:,} steps of {settings.batch_size} blocks of {length} tokens: {tokens} million tokens, {epochs} times
   the {corpus_tokens} million of the training text

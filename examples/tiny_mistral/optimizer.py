@@ -10,15 +10,15 @@ from torch import nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Updates a decoder's projection matrices by Muon, and its embeddings and norms by AdamW.
+    """Muon for a decoder's projection matrices, AdamW for its embeddings and norms.
 
-    Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``), so that one learning rate serves both. Only
+    Muon's steps are scaled to the size of AdamW's (``match_rms_adamw``), and one learning rate serves both. Only
     matrices decay.
 
     Args:
-        model: The model; every parameter below ``layers`` with two dimensions goes to Muon.
+        model: The model; Muon updates every parameter with two dimensions below ``layers``.
         lr: Learning rate of both.
-        weight_decay: Decoupled decay of both.
+        weight_decay: Decoupled weight decay of both.
     """
 
     def __init__(self, model: nn.Module, lr: float, weight_decay: float) -> None:

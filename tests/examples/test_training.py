@@ -1,9 +1,10 @@
-"""The training scripts of examples/ learn what they are given, on the bundled checkpoint and in seconds."""
+"""The training scripts of examples/ learn their data, on the bundled checkpoint and in seconds."""
 
 import json
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ QUICK = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
-    """Runs a script, its output folder being the temporary one, and returns what it prints."""
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Any]:
+    """Runs a script with a temporary output folder and returns its captured output."""
 
     def run(script: str, *arguments: str, text: bool = False) -> Any:
         options = [*(("--text", str(few_paragraphs(tmp_path))) if text else ()), "--output", str(tmp_path / "output")]
@@ -54,7 +55,7 @@ def numbers(output: str, pattern: str) -> list[float]:
     return [float(number) for number in found.groups()]
 
 
-def test_full_fine_tuning_shows_a_bar_and_draws_the_loss(run: Any, tmp_path: Path) -> None:
+def test_full_fine_tuning_shows_a_bar_and_draws_the_loss(run: Callable[..., Any], tmp_path: Path) -> None:
     printed = run("finetune.py", "--save-steps", "4", text=True)
     before, after = numbers(printed.out, r"loss on the text: ([\d.]+) -> ([\d.]+);")
     assert after < before - 0.1
@@ -73,7 +74,9 @@ def test_full_fine_tuning_shows_a_bar_and_draws_the_loss(run: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("four_bits", [False, True], ids=["LoRA", "QLoRA"])
-def test_adapters(four_bits: bool, run: Any, tmp_path: Path) -> None:
+def test_an_adapter_lowers_the_loss_and_merges_into_the_model(
+    four_bits: bool, run: Callable[..., Any], tmp_path: Path
+) -> None:
     if four_bits:
         pytest.importorskip("bitsandbytes")
     printed = run("finetune_lora.py", *(["--load-in-4bit"] if four_bits else []), text=True)
@@ -89,7 +92,9 @@ def test_adapters(four_bits: bool, run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_chat_tuning(lora: bool, run: Any, tmp_path: Path) -> None:
+def test_chat_tuning_learns_and_saves_a_template_that_masks_the_assistant(
+    lora: bool, run: Callable[..., Any], tmp_path: Path
+) -> None:
     printed = run("finetune_chat.py", *(["--lora", "--steps", "20"] if lora else []))
     before, after = numbers(printed.out, r"loss: ([\d.]+) -> ([\d.]+);")
     assert after < before / 3
@@ -100,7 +105,7 @@ def test_chat_tuning(lora: bool, run: Any, tmp_path: Path) -> None:
     assert 0 < sum(encoded["assistant_masks"]) < len(encoded["input_ids"])
 
 
-def test_chat_tuning_on_a_file(run: Any, tmp_path: Path) -> None:
+def test_chat_tuning_reads_conversations_from_a_file(run: Callable[..., Any], tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day to you."}]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join([json.dumps({"messages": messages})] * 4))
@@ -108,14 +113,14 @@ def test_chat_tuning_on_a_file(run: Any, tmp_path: Path) -> None:
     assert after < before / 3
 
 
-def test_preferences(run: Any, tmp_path: Path) -> None:
+def test_chosen_answers_become_likelier_than_rejected_ones(run: Callable[..., Any], tmp_path: Path) -> None:
     before, after = numbers(run("finetune_dpo.py").out, r"chosen answers: (-?[\d.]+) -> (-?[\d.]+);")
     assert abs(before) < 0.05
     assert after > 0.2
     assert (tmp_path / "output/adapter_config.json").is_file()
 
 
-def test_text_classification(run: Any, tmp_path: Path) -> None:
+def test_a_text_classifier_labels_new_subjects(run: Callable[..., Any], tmp_path: Path) -> None:
     assert numbers(run("classify_text.py").out, r"accuracy on new subjects: ([\d.]+)")[0] >= 0.9
     classify = pipeline("text-classification", model=str(tmp_path / "output"), device="cpu")
     assert [found["label"] for found in classify(["Our host was kind.", "The king was cruel."])] == [
@@ -124,7 +129,7 @@ def test_text_classification(run: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_token_classification(run: Any, tmp_path: Path) -> None:
+def test_a_token_classifier_finds_names_in_new_sentences(run: Callable[..., Any], tmp_path: Path) -> None:
     assert numbers(run("classify_tokens.py").out, r"new sentences: ([\d.]+)")[0] >= 0.9
     classify = pipeline(
         "token-classification", model=str(tmp_path / "output"), aggregation_strategy="simple", device="cpu"
@@ -133,5 +138,5 @@ def test_token_classification(run: Any, tmp_path: Path) -> None:
     assert {"person", "place"} <= found
 
 
-def test_question_answering(run: Any) -> None:
+def test_new_questions_are_answered(run: Callable[..., Any]) -> None:
     assert numbers(run("answer_questions.py").out, r"new questions: ([\d.]+)")[0] >= 0.7
