@@ -132,33 +132,35 @@ def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_tensor_parallel_logits_are_those_of_the_whole_model(found: Any) -> None:
+def test_tensor_parallel_logits_match_the_whole_model(found: Any) -> None:
     for rank in found:
         assert rank["split k_proj"] == [12, 32]
         assert rank["logits"] < 1e-5
 
 
-def test_tensor_parallel_generation_keeps_each_ranks_heads(found: Any) -> None:
+def test_every_tensor_parallel_rank_caches_its_heads_and_writes_the_same_text(found: Any) -> None:
     for rank in found:
         assert rank["cache"] == ["RollingCache", [4, 1, 8, 12]]
         for way in ("greedy", "static", "static in chunks", "beams"):
             assert rank[way], way
 
 
-def test_tensor_parallel_training(found: Any) -> None:
+def test_tensor_parallel_losses_and_gradients_match_the_whole_model(found: Any) -> None:
     for rank in found:
         for chunk in (None, 5):
             assert rank[f"split loss, chunk {chunk}"] < 1e-5
             assert rank[f"split gradient, chunk {chunk}"] < 1e-5
 
 
-def test_a_head_is_not_split(found: Any) -> None:
+def test_a_tensor_parallel_size_that_would_split_a_head_is_refused_at_loading(found: Any) -> None:
     for rank in found:
         assert "size of 2 does not divide num_key_value_heads=1" in rank["one head for two"]
 
 
 @pytest.mark.parametrize(("ranks", "kv_heads", "fitting"), [(3, 2, "1, 2"), (4, 2, "1, 2"), (16, 8, "1, 2, 4, 8")])
-def test_sizes_that_do_not_divide_the_heads(ranks: int, kv_heads: int, fitting: str, make_model: Any) -> None:
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_is_refused(
+    ranks: int, kv_heads: int, fitting: str, make_model: Any
+) -> None:
     model = make_model(num_attention_heads=8, num_key_value_heads=kv_heads)
     split = DistributedConfig(tp_size=ranks)
     with pytest.raises(ValueError, match=rf"{ranks} does not divide num_key_value_heads={kv_heads}.*\({fitting}\)"):
@@ -176,7 +178,7 @@ def test_sharded_training_has_the_loss_curve_of_one_process(found: Any) -> None:
 
 @accelerate
 @pytest.mark.parametrize("places", ["cpu and disk", "disk"])
-def test_offloading_gives_the_same_tokens(
+def test_offloading_gives_the_same_tokens_and_losses(
     places: str, checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path
 ) -> None:
     """Under a small max_memory, ``device_map="auto"`` sends what does not fit to the disk."""
@@ -211,7 +213,7 @@ def test_dispatched_layers_fill_the_rolling_buffer(checkpoint: Path, make_model:
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
 @accelerate
-def test_launch_configurations(name: str) -> None:
+def test_launch_configurations_fit_accelerate_and_the_model(name: str) -> None:
     """Accelerate reads them, their fields are all known, and they name the decoder layer."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
     from accelerate.commands.launch import launch_command_parser

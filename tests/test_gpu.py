@@ -78,7 +78,7 @@ def assert_as_close(flash: Tensor, eager: Tensor, truth: Tensor) -> None:
 @DTYPES
 @WINDOWS
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_forward_and_backward(
+def test_forward_and_backward_are_as_close_as_eager(
     side: str | None, window: int | None, dtype: torch.dtype, kernels: Any, trio: Any, padded: Any
 ) -> None:
     models = trio(dtype, sliding_window=window)
@@ -95,7 +95,9 @@ def test_forward_and_backward(
 
 @DTYPES
 @pytest.mark.parametrize("positions", [False, True])
-def test_packed_sequences(positions: bool, dtype: torch.dtype, kernels: Any, trio: Any, token_ids: Any) -> None:
+def test_packed_sequences_are_as_close_as_eager(
+    positions: bool, dtype: torch.dtype, kernels: Any, trio: Any, token_ids: Any
+) -> None:
     models = trio(dtype)
     features = [{"input_ids": token_ids(1, count)[0].tolist()} for count in (40, 1, 13)]
     batch = on_gpu_but_numbers(
@@ -117,7 +119,7 @@ def on_gpu_but_numbers(batch: dict[str, Any]) -> dict[str, Any]:
 @WINDOWS
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("lengths", [(30, 30), (30, 9)])
-def test_chunks_and_steps_across_the_wrap(
+def test_chunks_and_steps_across_the_wrap_are_as_close_as_eager(
     lengths: tuple[int, int], static: bool, window: int | None, dtype: torch.dtype, kernels: Any, trio: Any, padded: Any
 ) -> None:
     models = trio(dtype, sliding_window=window)
@@ -171,7 +173,7 @@ def test_fused_projections(implementation: str, make_model: Any, padded: Any) ->
     assert same[:, 0].all()
 
 
-def test_liger_kernels(make_model: Any, padded: Any) -> None:
+def test_liger_kernels_do_not_change_loss_and_gradients(make_model: Any, padded: Any) -> None:
     """What `TrainingArguments(use_liger_kernel=True)` puts into a model."""
     liger = pytest.importorskip("liger_kernel.transformers")
     model = make_model("ForCausalLM", head_dim=16).to("cuda").train()
@@ -231,7 +233,7 @@ def test_generate_runs_static_steps_as_one_graph(implementation: str, make_model
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_generate_with_flash_and_a_static_cache(kernels: Any, trio: Any, padded: Any) -> None:
+def test_generate_with_flash_and_a_static_cache_is_as_close_as_eager(kernels: Any, trio: Any, padded: Any) -> None:
     """The logits of every step, compiled, against those of the default cache."""
     models = trio(torch.bfloat16)
     inputs = on_gpu(padded(20, 9))
@@ -250,7 +252,7 @@ def test_right_padding_is_refused(kernels: Any, trio: Any, padded: Any) -> None:
         trio(torch.bfloat16).flash.generate(**on_gpu(padded(20, 9, side="right")), **FREE)
 
 
-def test_loading_onto_the_gpu(make_model: Any, tmp_path: Any) -> None:
+def test_a_checkpoint_loads_onto_the_gpu_with_flash_attention(make_model: Any, tmp_path: Any) -> None:
     reference = make_model("ForCausalLM", "sdpa", head_dim=16)
     reference.save_pretrained(tmp_path)
     options = {"dtype": "bfloat16", "device_map": "cuda", "attn_implementation": NAME}

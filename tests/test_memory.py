@@ -50,7 +50,7 @@ def peak_of_prompt(model: MistralForCausalLM, length: int, **options: Any) -> in
     return memory.peak
 
 
-def test_the_counter_counts() -> None:
+def test_the_peak_counts_storages_that_are_alive_together() -> None:
     with PeakStorage() as memory:
         a = torch.zeros(100)
         b = a + 1

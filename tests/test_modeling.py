@@ -51,7 +51,7 @@ def labels_of(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("head", HEADS)
-def test_forward_and_loss_match_the_library(
+def test_forward_and_loss_match_the_reference(
     head: str, side: str, implementation: str, make_pair: Any, padded: Callable[..., dict[str, Tensor]]
 ) -> None:
     pair = make_pair(head, implementation)
@@ -61,7 +61,7 @@ def test_forward_and_loss_match_the_library(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("head", HEADS)
-def test_gradients_match_the_library(head: str, implementation: str, make_pair: Any, padded: Any) -> None:
+def test_gradients_match_the_reference(head: str, implementation: str, make_pair: Any, padded: Any) -> None:
     pair = make_pair(head, implementation)
     # A question's answer is sought in the padding, too, where the library's two implementations differ.
     inputs = padded(21, 21) if head == "ForQuestionAnswering" else padded(21, 4, 13)
@@ -78,7 +78,9 @@ def test_gradients_match_the_library(head: str, implementation: str, make_pair: 
 @pytest.mark.parametrize("window", [None, 1, 2, 8])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 19])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_windows_and_lengths(window: int | None, length: int, implementation: str, make_pair: Any, padded: Any) -> None:
+def test_logits_match_the_oracle_for_every_window_and_length(
+    window: int | None, length: int, implementation: str, make_pair: Any, padded: Any
+) -> None:
     pair = make_pair("ForCausalLM", implementation, sliding_window=window)
     inputs = padded(length, max(1, length // 2), 1)
     ours, stock = pair(**inputs)
@@ -90,7 +92,9 @@ def test_windows_and_lengths(window: int | None, length: int, implementation: st
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 1, 100, 600])
-def test_long_inputs_with_gradients(window: int | None, implementation: str, make_pair: Any, padded: Any) -> None:
+def test_long_inputs_and_their_gradients_match_the_reference(
+    window: int | None, implementation: str, make_pair: Any, padded: Any
+) -> None:
     """Longer than a block of queries, so that the mask is a rule and not a tensor.
 
     The library counts positions from the padding on, which would cost accuracy in the angles.
@@ -113,7 +117,7 @@ def test_long_inputs_with_gradients(window: int | None, implementation: str, mak
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(4, 4, 8), (4, 1, 6), (6, 3, 10)], ids=["mha", "mqa", "gqa"])
-def test_head_shapes_in_double_precision(
+def test_every_head_shape_matches_the_oracle_in_double_precision(
     shape: tuple[int, int, int], implementation: str, make_model: Any, token_ids: Any
 ) -> None:
     heads, kv_heads, head_dim = shape
@@ -128,7 +132,7 @@ def test_head_shapes_in_double_precision(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_low_precision_is_as_good_as_the_librarys(
+def test_low_precision_is_as_accurate_as_the_reference(
     dtype: torch.dtype, implementation: str, make_model: Any, to_stock: Any, padded: Any
 ) -> None:
     """Against the float64 oracle with the same rounded weights, and in steps of the dtype."""
@@ -145,7 +149,7 @@ def test_low_precision_is_as_good_as_the_librarys(
 
 
 @pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
-def test_rope_types_match_the_library(kind: str, rope_parameters: Any, make_pair: Any, token_ids: Any) -> None:
+def test_rope_types_match_the_reference(kind: str, rope_parameters: Any, make_pair: Any, token_ids: Any) -> None:
     """Below and above the pretrained length, then below again: some types change their frequencies on the way."""
     pair = make_pair(
         rope_parameters=rope_parameters(kind),
@@ -157,11 +161,11 @@ def test_rope_types_match_the_library(kind: str, rope_parameters: Any, make_pair
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu2", "gelu_pytorch_tanh"])
-def test_activations(activation: str, make_pair: Any, token_ids: Any) -> None:
+def test_activations_match_the_reference(activation: str, make_pair: Any, token_ids: Any) -> None:
     assert_same_outputs(*make_pair(hidden_act=activation)(input_ids=token_ids(2, 9)))
 
 
-def test_initial_weights_are_distributed_as_the_librarys(make_model: Any, to_stock: Any) -> None:
+def test_initial_weights_are_distributed_as_in_the_reference(make_model: Any, to_stock: Any) -> None:
     from mistral_hf import MistralForSequenceClassification
 
     config = make_model(initializer_range=0.05, hidden_size=128, num_labels=4).config
@@ -173,7 +177,7 @@ def test_initial_weights_are_distributed_as_the_librarys(make_model: Any, to_sto
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_parameters_are_those_of_the_library(head: str, make_pair: Any) -> None:
+def test_parameters_match_the_reference(head: str, make_pair: Any) -> None:
     pair = make_pair(head)
     ours, stock = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in pair)
     assert list(ours) == list(stock)
@@ -183,7 +187,7 @@ def test_parameters_are_those_of_the_library(head: str, make_pair: Any) -> None:
         assert getattr(pair.ours, name) == getattr(pair.stock, name), name
 
 
-def test_inputs_embeds(make_pair: Any, padded: Any) -> None:
+def test_inputs_embeds_give_the_logits_of_their_ids(make_pair: Any, padded: Any) -> None:
     pair = make_pair()
     inputs = padded(12, 5)
     embeds = pair.ours.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
@@ -193,7 +197,7 @@ def test_inputs_embeds(make_pair: Any, padded: Any) -> None:
     assert embeds.grad.abs().sum() > 0
 
 
-def test_logits_to_keep(make_pair: Any, token_ids: Any) -> None:
+def test_logits_to_keep_selects_positions(make_pair: Any, token_ids: Any) -> None:
     pair, ids = make_pair(), token_ids(2, 9)
     full = pair.ours(ids).logits
     for kept in (1, 4, torch.tensor([0, 3, 8]), torch.tensor([-1, 2])):
@@ -204,7 +208,7 @@ def test_logits_to_keep(make_pair: Any, token_ids: Any) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_hidden_states(implementation: str, make_pair: Any, padded: Any) -> None:
+def test_hidden_states_match_the_reference_and_the_oracle(implementation: str, make_pair: Any, padded: Any) -> None:
     pair = make_pair("Model", implementation)
     inputs = padded(12, 5)
     real = inputs["attention_mask"].bool()
@@ -217,7 +221,7 @@ def test_hidden_states(implementation: str, make_pair: Any, padded: Any) -> None
 
 
 @pytest.mark.parametrize("length", [12, 600])
-def test_attention_weights(length: int, make_pair: Any, padded: Any) -> None:
+def test_attention_weights_match_the_reference(length: int, make_pair: Any, padded: Any) -> None:
     pair = make_pair("ForCausalLM", "eager", num_hidden_layers=1)
     inputs = padded(length, length - 3)
     real = inputs["attention_mask"].bool()
@@ -229,7 +233,7 @@ def test_attention_weights(length: int, make_pair: Any, padded: Any) -> None:
     assert mine.transpose(1, 2)[0][:, :, beyond[0]].numel() == 0 or mine[0][:, beyond].max() == 0
 
 
-def test_what_is_collected_follows_the_configuration(make_model: Any, token_ids: Any) -> None:
+def test_collected_states_follow_the_configuration(make_model: Any, token_ids: Any) -> None:
     model = make_model(implementation="eager")
     assert model(token_ids(1, 4)).hidden_states is None
     assert model(token_ids(1, 4)).attentions is None
@@ -240,7 +244,7 @@ def test_what_is_collected_follows_the_configuration(make_model: Any, token_ids:
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_tuples(head: str, make_pair: Any, padded: Any) -> None:
+def test_tuples_have_the_items_of_the_reference(head: str, make_pair: Any, padded: Any) -> None:
     pair, inputs = make_pair(head), padded(6, 4)
     ours, stock = pair(
         **inputs, **labels_of(head, inputs), return_dict=False, output_hidden_states=True, use_cache=False
@@ -250,7 +254,7 @@ def test_tuples(head: str, make_pair: Any, padded: Any) -> None:
     torch.testing.assert_close(ours[0], pair.ours(**inputs, **labels_of(head, inputs))[0], rtol=0, atol=0)
 
 
-def test_use_cache(make_model: Any, token_ids: Any) -> None:
+def test_use_cache_decides_whether_a_cache_is_returned(make_model: Any, token_ids: Any) -> None:
     from mistral_hf import RollingCache
 
     model = make_model()
@@ -271,7 +275,9 @@ def test_packed_sequences_do_not_see_each_other(make_model: Any, token_ids: Any)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
 @pytest.mark.parametrize("per_head", [False, True])
-def test_custom_masks(implementation: str, additive: bool, per_head: bool, make_pair: Any, token_ids: Any) -> None:
+def test_custom_masks_match_the_reference(
+    implementation: str, additive: bool, per_head: bool, make_pair: Any, token_ids: Any
+) -> None:
     """A block-wise bidirectional mask, which no rule of ours could have made, for every head alike or for each."""
     pair, ids = make_pair("ForCausalLM", implementation), token_ids(2, 12)
     blocks = torch.arange(12) // 4
@@ -287,7 +293,9 @@ def test_custom_masks(implementation: str, additive: bool, per_head: bool, make_
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant: bool, make_model: Any, padded: Any) -> None:
+def test_gradient_checkpointing_does_not_change_loss_and_gradients(
+    use_reentrant: bool, make_model: Any, padded: Any
+) -> None:
     plain = make_model().train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -304,7 +312,7 @@ def test_gradient_checkpointing(use_reentrant: bool, make_model: Any, padded: An
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-6, msg=name)
 
 
-def test_gradient_checkpointing_saves_activations(make_model: Any, token_ids: Any) -> None:
+def test_gradient_checkpointing_saves_memory(make_model: Any, token_ids: Any) -> None:
     """Fewer bytes are kept for the backward pass."""
 
     def saved_bytes(model: Any) -> int:
@@ -334,7 +342,9 @@ def test_attention_dropout_acts_in_training_only(make_model: Any, token_ids: Any
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tied_weights(tied: bool, make_model: Any, make_pair: Any, token_ids: Any) -> None:
+def test_tied_weights_are_one_tensor_and_match_the_reference(
+    tied: bool, make_model: Any, make_pair: Any, token_ids: Any
+) -> None:
     pair = make_pair(tie_word_embeddings=tied)
     same = pair.ours.lm_head.weight is pair.ours.model.embed_tokens.weight
     assert same == tied
@@ -342,7 +352,7 @@ def test_tied_weights(tied: bool, make_model: Any, make_pair: Any, token_ids: An
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_resize_token_embeddings(tied: bool, make_model: Any, token_ids: Any) -> None:
+def test_resized_embeddings_keep_the_logits_of_old_tokens(tied: bool, make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(tie_word_embeddings=tied), token_ids(1, 9)
     before = model(ids).logits
     model.resize_token_embeddings(VOCABULARY + 5, mean_resizing=False)
@@ -359,19 +369,19 @@ def test_resize_token_embeddings(tied: bool, make_model: Any, token_ids: Any) ->
         model(torch.tensor([[60]]))
 
 
-def test_fewer_layers_than_built(make_pair: Any, token_ids: Any) -> None:
+def test_fewer_layers_than_built_match_the_reference(make_pair: Any, token_ids: Any) -> None:
     pair = make_pair()
     for model in pair:
         model.config.num_hidden_layers = 1
     assert_same_outputs(*pair(input_ids=token_ids(1, 9)))
 
 
-def test_no_layers(make_pair: Any, token_ids: Any) -> None:
+def test_a_model_without_layers_matches_the_reference(make_pair: Any, token_ids: Any) -> None:
     assert_same_outputs(*make_pair(num_hidden_layers=0)(input_ids=token_ids(2, 5), use_cache=False))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compile(backend: str, make_model: Any, padded: Any) -> None:
+def test_a_compiled_language_model_matches_the_model(backend: str, make_model: Any, padded: Any) -> None:
     model = make_model(num_hidden_layers=1)
     inputs = padded(12, 5)
     inputs |= labels_of("ForCausalLM", inputs)
@@ -384,7 +394,7 @@ def test_compile(backend: str, make_model: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
-def test_compile_other_heads(head: str, make_model: Any, padded: Any) -> None:
+def test_compiled_heads_match_the_model(head: str, make_model: Any, padded: Any) -> None:
     inputs = padded(12, 5)
     inputs |= labels_of(head, inputs)
     model = make_model(head, num_hidden_layers=1)
@@ -394,7 +404,7 @@ def test_compile_other_heads(head: str, make_model: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize("length", [12, 600])
-def test_export(length: int, make_model: Any, token_ids: Any) -> None:
+def test_an_exported_program_matches_the_model(length: int, make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(num_hidden_layers=1), token_ids(2, length)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -404,7 +414,7 @@ def test_export(length: int, make_model: Any, token_ids: Any) -> None:
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_export_with_a_dynamic_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
+def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
     """One program for lengths below and above the window, and beyond a block of queries."""
     model = make_model(num_hidden_layers=1)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2000)}
@@ -442,7 +452,9 @@ def spy() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
-def test_a_users_own_attention(with_mask: bool, spy: list[Any], make_model: Any, padded: Any) -> None:
+def test_a_custom_attention_gets_the_mask_that_is_registered_for_it(
+    with_mask: bool, spy: list[Any], make_model: Any, padded: Any
+) -> None:
     if with_mask:
         AttentionMaskInterface.register("spy", sdpa_mask)
     model = make_model(sliding_window=8 if with_mask else None)
@@ -455,7 +467,7 @@ def test_a_users_own_attention(with_mask: bool, spy: list[Any], make_model: Any,
     assert all((mask is not None) == with_mask for mask in spy)
 
 
-def test_a_users_own_attention_with_a_cache(spy: list[Any], make_model: Any, padded: Any) -> None:
+def test_a_custom_attention_generates_the_same_text_from_a_cache(spy: list[Any], make_model: Any, padded: Any) -> None:
     AttentionMaskInterface.register("spy", sdpa_mask)
     model = make_model()
     inputs = padded(11, 5)
@@ -465,7 +477,7 @@ def test_a_users_own_attention_with_a_cache(spy: list[Any], make_model: Any, pad
     assert len(spy) == 2 * 20
 
 
-def test_switching_the_implementation(make_pair: Any, padded: Any) -> None:
+def test_the_attention_implementation_can_be_switched(make_pair: Any, padded: Any) -> None:
     pair, inputs = make_pair("ForCausalLM", "eager"), padded(12, 5)
     for implementation in ("sdpa", "eager", "sdpa"):
         for model in pair:
@@ -482,7 +494,7 @@ def test_an_unknown_implementation_is_refused(make_model: Any) -> None:
         make_model().set_attn_implementation("psychic")
 
 
-def test_flex_attention(make_model: Any, padded: Any) -> None:
+def test_flex_attention_matches_sdpa(make_model: Any, padded: Any) -> None:
     model = make_model(head_dim=16, num_hidden_layers=1)
     inputs = padded(40, 25)
     real = inputs["attention_mask"].bool()
@@ -493,7 +505,7 @@ def test_flex_attention(make_model: Any, padded: Any) -> None:
         torch.testing.assert_close(model(**inputs).logits[real], expected[real], **TIGHT)
 
 
-def test_deepcopy_and_moving_dtype(make_model: Any, token_ids: Any) -> None:
+def test_a_copy_in_another_dtype_and_back_has_the_same_logits(make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(), token_ids(1, 9)
     twin = copy.deepcopy(model).to(torch.float64).to(torch.float32)
     torch.testing.assert_close(twin(ids).logits, model(ids).logits, **TIGHT)

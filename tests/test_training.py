@@ -96,7 +96,7 @@ def test_packed_sequences_train_as_if_alone(
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_long_packed_sequences(implementation: str, make_model: Any, token_ids: Any) -> None:
+def test_long_packed_sequences_train_as_if_alone(implementation: str, make_model: Any, token_ids: Any) -> None:
     """Longer than a block of banded attention, boundaries within blocks and windows."""
     model = make_model(implementation=implementation, sliding_window=40).train()
     rows = [{"input_ids": token_ids(1, length, seed=length)[0].tolist()} for length in (301, 17, 250, 33)]
@@ -106,7 +106,7 @@ def test_long_packed_sequences(implementation: str, make_model: Any, token_ids: 
     assert_same(loss_and_gradients(model, batch), expected)
 
 
-def test_packed_sequences_in_several_rows(make_model: Any, token_ids: Any) -> None:
+def test_every_row_may_hold_packed_sequences(make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(), token_ids(2, 12)
     positions = torch.tensor([[*range(5), *range(7)], [*range(12)]])
     logits = model(ids, position_ids=positions).logits
@@ -143,14 +143,16 @@ def wrong_trl_collator(sequences: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("collate", [wrong_mask, wrong_mask_with_padding, wrong_trl_collator])
-def test_a_mask_that_lets_packed_sequences_see_each_other(collate: Any, make_model: Any, sequences: Any) -> None:
+def test_a_mask_that_lets_packed_sequences_see_each_other_is_refused(
+    collate: Any, make_model: Any, sequences: Any
+) -> None:
     batch = collate(sequences)
     with pytest.raises(ValueError, match=r"position_ids\[0, [78]\] restarts at [01].*without an attention_mask"):
         make_model()(**batch)
 
 
 @pytest.mark.parametrize("keyword", ["return_flash_attn_kwargs", "return_seq_idx"])
-def test_packing_without_positions(keyword: str, make_model: Any, sequences: Any) -> None:
+def test_packing_without_positions_is_refused(keyword: str, make_model: Any, sequences: Any) -> None:
     batch = DataCollatorWithFlattening(return_position_ids=False, **{keyword: True})([dict(row) for row in sequences])
     with pytest.raises(ValueError, match=r"marks packed sequences.*return_position_ids=True"):
         make_model()(**batch)
@@ -219,7 +221,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_trainer_moves_the_weights_as_those_of_the_library(
+def test_trainer_moves_the_weights_as_in_the_reference(
     options: str, chunk: int | None, make_pair: Any, rows: Any, tmp_path: Path
 ) -> None:
     """Four optimiser steps, whatever saves memory on the way, as the library's model without any of it."""
@@ -234,7 +236,7 @@ def test_trainer_moves_the_weights_as_those_of_the_library(
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("use_cache", [True, False, None])
-def test_gradient_checkpointing_with_and_without_cache_arguments(
+def test_gradient_checkpointing_ignores_cache_arguments(
     use_cache: bool | None, use_reentrant: bool, make_model: Any, sequences: Any
 ) -> None:
     model = make_model().train()
@@ -248,7 +250,9 @@ def test_gradient_checkpointing_with_and_without_cache_arguments(
     assert model(**batch, use_cache=True).past_key_values is None
 
 
-def test_bfloat16_mixed_precision(make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_mixed_precision_keeps_float32_weights_and_nearly_the_same_losses(
+    make_model: Any, rows: Any, tmp_path: Path
+) -> None:
     exact, _ = train(make_model(), rows, tmp_path)
     for chunk in (None, 5):
         losses, weights = train(make_model(loss_chunk_size=chunk), rows, tmp_path, bf16=True)
@@ -257,7 +261,7 @@ def test_bfloat16_mixed_precision(make_model: Any, rows: Any, tmp_path: Path) ->
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-def test_resuming_goes_on_where_training_stopped(make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_resumed_training_matches_uninterrupted_training(make_model: Any, rows: Any, tmp_path: Path) -> None:
     whole = train(make_model(), rows, tmp_path / "whole")
     train(make_model(), rows, tmp_path / "parts", save_strategy="steps", save_steps=2)
     resumed = train(make_model(seed=1), rows, tmp_path / "parts", resume=str(tmp_path / "parts/checkpoint-2"))
@@ -269,7 +273,7 @@ def test_resuming_goes_on_where_training_stopped(make_model: Any, rows: Any, tmp
     stock_modeling.MistralForCausalLM.from_pretrained(tmp_path / "parts/checkpoint-2")
 
 
-def test_neftune(make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_neftune_adds_noise_and_leaves_no_hook(make_model: Any, rows: Any, tmp_path: Path) -> None:
     """Noise on the embeddings while training, and none of it left behind."""
     plain, _ = train(make_model(), rows, tmp_path)
     model = make_model()
@@ -280,7 +284,9 @@ def test_neftune(make_model: Any, rows: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [None, 5])
-def test_compiled_training(chunk: int | None, make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_compiled_training_matches_eager_training(
+    chunk: int | None, make_model: Any, rows: Any, tmp_path: Path
+) -> None:
     torch._dynamo.reset()
     expected = train(make_model(loss_chunk_size=chunk), rows, tmp_path, max_steps=2)
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
@@ -289,7 +295,7 @@ def test_compiled_training(chunk: int | None, make_model: Any, rows: Any, tmp_pa
     assert found[0] == pytest.approx(expected[0], rel=1e-4)
 
 
-def test_packed_training_is_that_of_the_sequences_alone(make_model: Any, sequences: Any, tmp_path: Path) -> None:
+def test_packed_training_matches_training_on_single_sequences(make_model: Any, sequences: Any, tmp_path: Path) -> None:
     """One packed batch a step, or the same sequences one by one, their gradients accumulated."""
     data = sequences * 2
     options = {"optim": "sgd", "max_steps": 2}
@@ -303,7 +309,7 @@ def test_packed_training_is_that_of_the_sequences_alone(make_model: Any, sequenc
     assert_same((torch.zeros(0), packed[1]), (torch.zeros(0), single[1]))
 
 
-def test_answers_accumulate_to_the_large_batch(make_model: Any, token_ids: Any, tmp_path: Path) -> None:
+def test_accumulated_answers_match_the_large_batch(make_model: Any, token_ids: Any, tmp_path: Path) -> None:
     ids = token_ids(6, 12)
     data = [{"input_ids": row, "start_positions": place, "end_positions": place + 2} for place, row in enumerate(ids)]
     options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
@@ -313,7 +319,7 @@ def test_answers_accumulate_to_the_large_batch(make_model: Any, token_ids: Any, 
     assert_same((torch.zeros(0), small[1]), (torch.zeros(0), large[1]))
 
 
-def test_trainers_own_label_smoothing(make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_label_smoothing_matches_the_trainer(make_model: Any, rows: Any, tmp_path: Path) -> None:
     """It needs the logits; the configuration's gives the same without them."""
     expected = train(make_model(), rows, tmp_path, label_smoothing_factor=0.1)
     found = train(make_model(loss_chunk_size=5, label_smoothing=0.1), rows, tmp_path)
@@ -322,7 +328,7 @@ def test_trainers_own_label_smoothing(make_model: Any, rows: Any, tmp_path: Path
         train(make_model(loss_chunk_size=5), rows, tmp_path, label_smoothing_factor=0.1, max_steps=1)
 
 
-def test_evaluation_gives_the_loss_of_training_mode(make_model: Any, rows: Any, tmp_path: Path) -> None:
+def test_evaluation_in_chunks_gives_the_same_loss(make_model: Any, rows: Any, tmp_path: Path) -> None:
     losses = []
     for chunk in (None, 5):
         arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True)
@@ -366,7 +372,7 @@ def trained_adapter(peft: Any, model: Any, ids: Tensor, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("trained", ["ours", "stock"])
-def test_adapters_are_exchanged_with_the_library(
+def test_adapters_are_exchanged_with_the_reference(
     trained: str, peft: Any, make_pair: Any, token_ids: Any, tmp_path: Path
 ) -> None:
     """Trained on the one model, an adapter does the same to the other; so does the model that it is merged into."""
@@ -386,7 +392,7 @@ def test_adapters_are_exchanged_with_the_library(
     torch.testing.assert_close(again(ids).logits, expected, **TIGHT)
 
 
-def test_adapters_load_through_the_librarys_own_interface(
+def test_adapters_load_through_load_adapter_and_from_pretrained(
     peft: Any, make_model: Any, token_ids: Any, tmp_path: Path
 ) -> None:
     """``load_adapter``, switching it off, and a folder that holds nothing but the adapter."""
@@ -405,7 +411,9 @@ def test_adapters_load_through_the_librarys_own_interface(
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 40}, {"num_key_value_heads": 4}, {"intermediate_size": 64}])
-def test_an_adapter_for_another_shape(other: Any, peft: Any, make_model: Any, token_ids: Any, tmp_path: Path) -> None:
+def test_an_adapter_for_another_shape_is_refused(
+    other: Any, peft: Any, make_model: Any, token_ids: Any, tmp_path: Path
+) -> None:
     trained_adapter(peft, make_model(**other), token_ids(1, 9), tmp_path)
     with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_[AB]"):
         peft.PeftModel.from_pretrained(make_model(), tmp_path)

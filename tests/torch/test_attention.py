@@ -43,7 +43,7 @@ def dense_mask(
     return mask
 
 
-def test_the_window_rule() -> None:
+def test_a_query_sees_the_last_w_keys_up_to_itself() -> None:
     """W keys, the query among them."""
     index = torch.arange(6)
     seen = visible(index[:, None], index, 3)
@@ -64,7 +64,7 @@ def small_block(monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("kind", "past"), [("plain", 0), ("plain", 1), ("plain", 13), ("padded", 0), ("padded", 13), ("packed", 0)]
 )
-def test_banded_attention_is_dense_attention(
+def test_banded_attention_matches_dense_attention(
     backend: str, window: int | None, past: int, kind: str, small_block: int
 ) -> None:
     """Forward and gradients, for queries behind cached keys, with left padding and packed sequences."""
@@ -109,7 +109,7 @@ def test_banded_attention_is_dense_attention(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_query_on_either_path(dtype: torch.dtype, masked: bool) -> None:
+def test_both_paths_of_one_query_match_dense_attention(dtype: torch.dtype, masked: bool) -> None:
     """The matrix products of a CPU step and PyTorch's kernel with groups as rows, against the dense reference."""
     query, key, value = (torch.randn(3, heads, count, 16) for heads, count in ((6, 1), (2, 33), (2, 33)))
     mask = torch.rand(3, 1, 1, 33) > 0.3 if masked else None
@@ -124,7 +124,7 @@ def test_one_query_on_either_path(dtype: torch.dtype, masked: bool) -> None:
         torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_mask_of_its_own_for_every_head() -> None:
+def test_every_head_may_have_its_own_mask() -> None:
     query, key, value = (torch.randn(2, heads, count, 8) for heads, count in ((6, 1), (2, 9), (2, 9)))
     mask = torch.rand(2, 6, 1, 9) > 0.4
     expected = dense(query, key, value, mask)

@@ -126,7 +126,7 @@ def crop(model: ListModel, count: int) -> None:
         model.check_buffer()
 
 
-def test_the_worked_example() -> None:
+def test_slots_match_the_worked_example() -> None:
     """W=4, a prompt of six tokens and one step: the docstring's numbers, slot by slot."""
     layer = RollingLayer(4)
     layer.update(states([0], 0, 6), states([0], 0, 6))
@@ -137,7 +137,7 @@ def test_the_worked_example() -> None:
 
 @pytest.mark.parametrize("window", [1, 4, 16, None])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 11])
-def test_static_layer_shows_queries_the_same(window: int | None, chunk: int) -> None:
+def test_a_static_layer_shows_queries_the_same_keys(window: int | None, chunk: int) -> None:
     model = ListModel(StaticRollingLayer(40, window), window, [1, 2])
     for count in (chunk, 1, 1, chunk, 1, 1, 1):
         model.update(count)
@@ -148,7 +148,7 @@ def test_static_layer_shows_queries_the_same(window: int | None, chunk: int) -> 
     assert model.layer.keys.data_ptr() == address
 
 
-def test_static_layer_refuses_what_it_cannot_do() -> None:
+def test_a_static_layer_refuses_overflows_and_crops() -> None:
     layer = StaticRollingLayer(8, None)
     with pytest.raises(ValueError, match=r"9 tokens do not fit a static cache of 8"):
         layer.update(states([0], 0, 9), states([0], 0, 9))
@@ -159,7 +159,7 @@ def test_static_layer_refuses_what_it_cannot_do() -> None:
         RollingCache(MistralConfig(num_hidden_layers=1), max_cache_len=0)
 
 
-def test_static_reorder_keeps_addresses() -> None:
+def test_reordering_a_static_layer_keeps_its_address() -> None:
     layer = StaticRollingLayer(8, 4)
     layer.update(states([1, 2], 0, 3), states([1, 2], 0, 3))
     address = layer.keys.data_ptr()
@@ -207,7 +207,7 @@ def test_growth_is_by_doubling_and_ends_at_the_window() -> None:
     assert len(addresses) == 1
 
 
-def test_without_a_window_a_step_copies_nothing_but_when_it_doubles() -> None:
+def test_without_a_window_a_step_copies_only_when_the_buffer_doubles() -> None:
     layer = RollingLayer(None)
     addresses = []
     for position in range(1000):
@@ -313,7 +313,7 @@ def test_gathered_replicas_make_one_cache() -> None:
         model.update(1)
 
 
-def test_offload_and_early_initialization() -> None:
+def test_early_initialization_and_offloading_keep_a_cache_usable() -> None:
     cache = RollingCache(MistralConfig(num_hidden_layers=2, sliding_window=4))
     cache.early_initialization(2, 1, 2, torch.float32, torch.device("cpu"))
     assert cache.is_initialized

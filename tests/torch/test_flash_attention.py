@@ -77,7 +77,9 @@ def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> 
 
 @WINDOWS
 @pytest.mark.parametrize("side", ["none", "left", "right", "both"])
-def test_forward_and_backward(side: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+def test_forward_and_backward_match_eager_attention(
+    side: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
     """Any padding without a cache, and with the one that forward makes by itself."""
     ids = torch.randint(1, 99, (3, 19))
     mask = None if side == "none" else padding(side, 19)
@@ -94,7 +96,9 @@ def test_forward_and_backward(side: str, window: int | None, kernels: Any, exact
 
 @pytest.mark.parametrize("how", ["positions", "bounds", "both"])
 @WINDOWS
-def test_packed_sequences(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+def test_packed_sequences_are_computed_as_if_alone(
+    how: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
     """The library's flattening collator: each sequence gives what it gives alone, with its gradient."""
     features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
     batch = DataCollatorWithFlattening(
@@ -108,7 +112,7 @@ def test_packed_sequences(how: str, window: int | None, kernels: Any, exact: Non
     assert all(weight.grad is not None for weight in ours.parameters())
 
 
-def test_bounds_are_of_one_row(kernels: Any, exact: None, pair: Any) -> None:
+def test_bounds_of_packed_sequences_need_a_single_row(kernels: Any, exact: None, pair: Any) -> None:
     bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="one row, but there are 2 rows"):
         pair()[0](torch.ones(2, 6, dtype=torch.long), cu_seq_lens_q=bounds)
@@ -128,7 +132,9 @@ GENERATION = {
 
 @pytest.mark.parametrize("window", [None, 1, 8])
 @pytest.mark.parametrize("how", GENERATION)
-def test_generation_across_the_wrap(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+def test_generation_across_the_wrap_matches_eager_attention(
+    how: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
     """Greedily or with beams, left-padded or not: the same tokens."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 17))
@@ -145,7 +151,7 @@ def test_generation_across_the_wrap(how: str, window: int | None, kernels: Any, 
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache, RollingCache])
 @pytest.mark.parametrize("side", ["left", "none"])
 @pytest.mark.parametrize("counts", [(4, 7, 1, 1, 2, 1), (1, 1, 20, 1, 1)])
-def test_steps_and_chunks_with_any_cache(
+def test_steps_and_chunks_with_any_cache_match_eager_attention(
     make: Any, side: str, counts: tuple[int, ...], kernels: Any, exact: None, pair: Any
 ) -> None:
     """Logits of every call, among them those of the library's caches, which hold more than the window."""
@@ -166,7 +172,9 @@ def test_steps_and_chunks_with_any_cache(
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_step_with_gradients(window: int | None, kernels: Any, exact: None, pair: Any) -> None:
+def test_a_step_with_gradients_matches_eager_attention(
+    window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
     """Where the kernels' decoding functions have no backward pass, others take their place."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 12))
@@ -200,7 +208,7 @@ def test_half_precision_is_as_close_as_eager(dtype: torch.dtype, kernels: Any, p
     assert distances[0] <= 1.3 * distances[1]
 
 
-def test_autocast_takes_its_dtype(kernels: Any, pair: Any) -> None:
+def test_autocast_decides_the_dtype(kernels: Any, pair: Any) -> None:
     ours, eager = (model.bfloat16() for model in pair())
     ids = torch.randint(1, 99, (2, 12))
     with torch.autocast("cpu", torch.float16):
@@ -285,7 +293,7 @@ def test_no_step_waits_for_an_accelerator(
             bool(mask.any())
 
 
-def test_plans_are_made_once(kernels: Any) -> None:
+def test_flat_ranges_are_computed_once_for_all_layers(kernels: Any) -> None:
     """What the layers of a step need is computed with the first of them."""
     hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -309,7 +317,9 @@ def test_plans_are_made_once(kernels: Any) -> None:
         (3, 8, None, 2, [2, 3]),
     ],
 )
-def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, padded: int, expected: list[Any]) -> None:
+def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
+    query: int, slots: int, window: int | None, padded: int, expected: list[Any]
+) -> None:
     real = torch.arange(query + 1)[None] >= padded
     with torch.no_grad():
         layout = KeyLayout(torch.tensor(query), 0, slots, slots, cached=True)
@@ -323,7 +333,7 @@ def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, pa
 
 
 @pytest.mark.parametrize("layout", ["buffer", "part of one", "tokens first", "one token", "repeated rows"])
-def test_keys_in_any_layout(layout: str, kernels: Any, exact: None) -> None:
+def test_keys_in_any_memory_layout_are_read_correctly(layout: str, kernels: Any, exact: None) -> None:
     """A view of what lies like a buffer, a copy of what does not."""
     buffers = [torch.randn(3, 2, 8, 16) for _ in "kv"]
     if layout == "part of one":
@@ -346,7 +356,7 @@ def test_keys_in_any_layout(layout: str, kernels: Any, exact: None) -> None:
     assert slots == (8 if layout in ("buffer", "part of one") else total)
 
 
-def test_merging_ranges() -> None:
+def test_merged_ranges_match_the_whole() -> None:
     """Two ranges attended to on their own are the whole; empty ones have no part in it."""
     q, k, v = torch.randn(1, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     whole, _ = standin.attend(q, k, v, 0.3, (-1, -1), False)
@@ -373,7 +383,7 @@ def flash_checkpoint(make_model: Any, tmp_path: Any) -> Any:
     return tmp_path
 
 
-def test_loading(kernels: Any, flash_checkpoint: Any) -> None:
+def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_checkpoint: Any) -> None:
     """By name, by setting it later, and for a model around ours; nothing of the library's takes its place."""
     model = load(flash_checkpoint, dtype="bfloat16")
     assert model.config._attn_implementation == model.model.config._attn_implementation == NAME
@@ -434,7 +444,7 @@ def test_padding_amid_a_window_is_refused(kernels: Any, exact: None, pair: Any) 
         ours(ids, attention_mask=torch.zeros_like(mask))
 
 
-def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
+def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any) -> None:
     model, ids = pair()[0].bfloat16(), torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="cannot return attention weights: choose attn_implementation='eager'"):
         model(ids, output_attentions=True)
@@ -442,7 +452,9 @@ def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_dropout(kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_reaches_the_kernels_or_is_refused(
+    kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("ForCausalLM", NAME, head_dim=16, attention_dropout=0.25).bfloat16().train()
     ids = torch.ones(1, 3, dtype=torch.long)
     if isinstance(kernels, TorchKernels):
@@ -457,7 +469,9 @@ def test_dropout(kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch)
     assert seen == [0.25, 0.25, 0.0, 0.0]
 
 
-def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_package_decodes_without_padding_only(
+    exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without padding it decodes; the padding of cached keys it cannot leave out, and says so."""
     use(OLD_PACKAGE, monkeypatch)
     ours, eager = pair()
@@ -472,7 +486,7 @@ def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPa
 # Where the kernels come from.
 
 
-def test_info_names_them(kernels: Any) -> None:
+def test_info_names_the_kernels(kernels: Any) -> None:
     assert cli._backend_state(NAME) == f"usable: {kernels.name}"
 
 
@@ -488,7 +502,7 @@ def not_installed(package: str) -> str:
     raise importlib.metadata.PackageNotFoundError(package)
 
 
-def test_no_kernels(nothing_found: Any, flash_checkpoint: Any) -> None:
+def test_missing_kernels_are_refused_with_a_remedy(nothing_found: Any, flash_checkpoint: Any) -> None:
     with pytest.raises(ImportError, match=r"install the package flash_attn, version 2\.3\.0 or later .* PyTorch 2\.11"):
         load(flash_checkpoint, dtype="bfloat16")
 
@@ -508,20 +522,20 @@ def test_pytorch_comes_second(nothing_found: Any) -> None:
     assert found.name == f"torch.nn.attention.varlen of PyTorch {torch.__version__}"
 
 
-def test_an_old_package_is_no_package(nothing_found: Any) -> None:
+def test_a_package_older_than_2_3_is_refused(nothing_found: Any) -> None:
     nothing_found.setattr(flash_kernels, "version", lambda package: "2.2.5")
     with pytest.raises(ImportError, match=r"flash_attn 2\.2\.5 is older than 2\.3\.0"):
         flash_kernels.find_kernels()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
     with pytest.raises(ValueError, match="needs a CUDA device, and there is none: choose 'sdpa'"):
         MistralForCausalLM(MistralConfig(attn_implementation=NAME, num_hidden_layers=0))
 
 
-def test_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
@@ -574,7 +588,7 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["package", "torch"])
-def test_one_graph_of_a_static_step(
+def test_a_static_step_compiles_to_one_graph(
     source: str, padded: bool, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without breaks, and the same before, at and after the wrap, in two sequences of different length."""
@@ -635,7 +649,7 @@ INT = torch.int32
         ({"window_size": (3, 5)}, "no right side"),
     ],
 )
-def test_the_stand_in_refuses(change: dict[str, Any], message: str) -> None:
+def test_the_stand_in_refuses_what_the_kernels_refuse(change: dict[str, Any], message: str) -> None:
     bounds = torch.tensor([0, 4], dtype=INT)
     arguments = {"q": states(4, 4, 16), "k": states(4, 2, 16), "v": states(4, 2, 16), "causal": True}
     arguments |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 4, "max_seqlen_k": 4}
@@ -644,7 +658,7 @@ def test_the_stand_in_refuses(change: dict[str, Any], message: str) -> None:
         standin.flash_attn_varlen_func(**(arguments | change))
 
 
-def test_the_stand_in_is_attention() -> None:
+def test_the_stand_in_matches_pytorch() -> None:
     """Against PyTorch's own function, and a window counts as documented."""
     q, k, v = states(5, 4, 16), states(7, 2, 16), states(7, 2, 16)
     bounds = [torch.tensor([0, count], dtype=INT) for count in (5, 7)]
@@ -657,6 +671,6 @@ def test_the_stand_in_is_attention() -> None:
         torch.testing.assert_close(found.float(), expected[0].transpose(0, 1), rtol=2e-2, atol=2e-2)
 
 
-def test_plans_are_of_these_types(kernels: Any) -> None:
+def test_several_queries_get_a_varlen_plan(kernels: Any) -> None:
     layout = KeyLayout(0, 0, 4)
     assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)

@@ -28,7 +28,7 @@ def layer_of(outputs: int = 36, inputs: int = 48) -> nn.Linear:
 
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (1, 2, 48), (8, 1, 48), (3, 5, 48), (2, 3, 4, 48)])
 @pytest.mark.parametrize("outputs", [36, 7, 8])
-def test_values_and_gradients(shape: tuple[int, ...], outputs: int) -> None:
+def test_values_and_gradients_match_the_exact_product(shape: tuple[int, ...], outputs: int) -> None:
     layer, states = layer_of(outputs), torch.randn(shape, requires_grad=True)
     found = linear(layer, states)
     weight, exact = layer.weight.double(), states.double()
@@ -40,7 +40,7 @@ def test_values_and_gradients(shape: tuple[int, ...], outputs: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_strided_states_and_gradients(rows: int) -> None:
+def test_strided_states_match_the_layer(rows: int) -> None:
     layer = layer_of()
     wide = torch.randn(rows, 96, requires_grad=True)
     for states in (wide[:, ::2], wide[:, 48:], torch.randn(48, rows, requires_grad=True).t()):
@@ -52,7 +52,7 @@ def test_strided_states_and_gradients(rows: int) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["weight", "states"])
-def test_only_the_gradients_that_are_needed(frozen: str) -> None:
+def test_only_needed_gradients_are_computed(frozen: str) -> None:
     layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=frozen != "states")
     layer.requires_grad_(frozen != "weight")
     linear(layer, states).sum().backward()
@@ -60,7 +60,7 @@ def test_only_the_gradients_that_are_needed(frozen: str) -> None:
     assert (layer.weight.grad is None) == (frozen == "weight")
 
 
-def test_gradients_of_gradients() -> None:
+def test_second_derivatives_match_the_layer() -> None:
     layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=True)
 
     def second(product: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_which_product_is_used() -> None:
+def test_one_row_uses_bmm_and_several_rows_use_onednn() -> None:
     layer = layer_of()
     with torch.no_grad():
         assert "aten::bmm" in operators_of(lambda: linear(layer, torch.randn(1, 1, 48)))
@@ -109,7 +109,7 @@ SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
 
 
 @pytest.mark.parametrize("kind", SIMPLY_CALLED)
-def test_layers_that_are_simply_called(kind: str) -> None:
+def test_layers_that_are_not_plain_are_called_as_modules(kind: str) -> None:
     layer = SIMPLY_CALLED[kind]()
     states = torch.randn(2, 3, 48, dtype=layer.weight.dtype)
     with torch.no_grad():
@@ -129,16 +129,16 @@ def test_a_global_hook_sees_every_layer() -> None:
     assert seen == [layer]
 
 
-def test_autocast() -> None:
+def test_autocast_decides_the_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(layer_of(), torch.randn(2, 3, 48)).dtype == torch.bfloat16
 
 
-def test_no_tokens() -> None:
+def test_no_tokens_give_an_empty_result() -> None:
     assert linear(layer_of(), torch.empty(2, 0, 48)).shape == (2, 0, 36)
 
 
-def test_transforms_of_functions() -> None:
+def test_function_transforms_match_the_layer() -> None:
     layer, states = layer_of(), torch.randn(4, 3, 48)
 
     def work(states: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def test_compiled_and_exported_programs_hold_the_plain_product() -> None:
     torch.testing.assert_close(compiled(states), layer(states), **WITHIN_ROUNDING)
 
 
-def test_a_model_uses_them_and_its_hooks_are_called(make_model: Any, token_ids: Any) -> None:
+def test_a_model_uses_the_fast_products_and_calls_its_hooks(make_model: Any, token_ids: Any) -> None:
     model = make_model().eval()
     ids = token_ids(2, 5)
     with torch.no_grad():

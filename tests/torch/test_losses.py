@@ -80,7 +80,7 @@ def test_chunks_give_the_ordinary_loss_and_gradients(head: str, chunk: int, make
 
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_librarys_loss_and_gradients(tied: bool, chunk: int | None, make_pair: Any, batch: Any) -> None:
+def test_loss_and_gradients_match_the_reference(tied: bool, chunk: int | None, make_pair: Any, batch: Any) -> None:
     ours, stock = make_pair(tie_word_embeddings=tied, loss_chunk_size=chunk)
     expected = loss_and_gradients(stock, **batch)
     assert ("lm_head.weight" in expected) != tied
@@ -89,7 +89,7 @@ def test_the_librarys_loss_and_gradients(tied: bool, chunk: int | None, make_pai
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("count", [7, torch.tensor(7), torch.tensor(3.5)])
-def test_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any) -> None:
+def test_the_loss_is_divided_by_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
     expected = loss_and_gradients(model, **batch, num_items_in_batch=count)
@@ -99,7 +99,9 @@ def test_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_shifted_labels_and_another_ignored_index(head: str, make_model: Any, batch: Any, token_ids: Any) -> None:
+def test_shifted_labels_and_another_ignored_index_are_honoured(
+    head: str, make_model: Any, batch: Any, token_ids: Any
+) -> None:
     model = make_model()
     HEADS[head](model)
     batch["shift_labels"] = token_ids(2, LENGTH, seed=5)
@@ -113,7 +115,7 @@ def test_shifted_labels_and_another_ignored_index(head: str, make_model: Any, ba
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("count", [None, torch.tensor(7)])
-def test_label_smoothing_is_that_of_the_trainer(count: Any, head: str, make_model: Any, batch: Any) -> None:
+def test_label_smoothing_matches_the_trainer(count: Any, head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
     output = model(batch["input_ids"])
@@ -131,14 +133,14 @@ def test_label_smoothing_is_that_of_the_trainer(count: Any, head: str, make_mode
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).loss.detach(), loss, **TIGHT)
 
 
-def test_training_without_labels_holds_all_logits_and_says_so(make_model: Any, batch: Any) -> None:
+def test_training_without_labels_holds_all_logits_and_warns(make_model: Any, batch: Any) -> None:
     """As Trainer's label_smoothing_factor does, which computes its loss from the logits."""
     model = make_model(loss_chunk_size=4).train()
     with pytest.warns(UserWarning, match=r"loss_chunk_size=4 has no effect.*label_smoothing_factor.*label_smoothing"):
         assert model(batch["input_ids"]).logits is not None
 
 
-def test_an_adapter_on_the_head(make_model: Any, batch: Any) -> None:
+def test_an_adapter_on_the_head_trains_in_chunks(make_model: Any, batch: Any) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         make_model(), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
@@ -158,7 +160,7 @@ def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exa
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_bfloat16(chunk: int, make_model: Any, batch: Any) -> None:
+def test_chunks_in_bfloat16_are_as_precise_as_the_ordinary_loss(chunk: int, make_model: Any, batch: Any) -> None:
     exact = loss_and_gradients(make_model(), **batch)
     model = make_model().to(torch.bfloat16)
     ordinary = loss_and_gradients(model, **batch)
@@ -166,7 +168,7 @@ def test_bfloat16(chunk: int, make_model: Any, batch: Any) -> None:
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_autocast(head: str, make_model: Any, batch: Any) -> None:
+def test_chunks_under_autocast_are_as_precise_as_the_ordinary_loss(head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
     exact = loss_and_gradients(model, **batch)
@@ -177,7 +179,7 @@ def test_autocast(head: str, make_model: Any, batch: Any) -> None:
     assert_as_precise(found, ordinary, exact)
 
 
-def test_gradients_twice(make_model: Any, batch: Any) -> None:
+def test_a_retained_graph_gives_the_gradients_again(make_model: Any, batch: Any) -> None:
     """A retained graph gives the gradients again."""
     model = make_model()
     expected = loss_and_gradients(model, **batch)
@@ -189,7 +191,7 @@ def test_gradients_twice(make_model: Any, batch: Any) -> None:
         torch.testing.assert_close(parameter.grad, 2 * expected[name], **TIGHT)
 
 
-def test_without_gradients(make_model: Any, batch: Any) -> None:
+def test_chunks_without_gradients_give_the_same_loss(make_model: Any, batch: Any) -> None:
     model = make_model()
     expected = model(**batch).loss
     with torch.no_grad():
@@ -214,7 +216,7 @@ class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_never_holds_all_logits(head: str, make_model: Any, token_ids: Any) -> None:
+def test_chunks_never_hold_all_logits(head: str, make_model: Any, token_ids: Any) -> None:
     vocabulary, length, chunk = 1000, 400, 16
     model = make_model(vocab_size=vocabulary).train()
     HEADS[head](model)
@@ -228,7 +230,7 @@ def test_never_holds_all_logits(head: str, make_model: Any, token_ids: Any) -> N
     assert largest[chunk] < length * vocabulary // 2
 
 
-def test_logits_are_returned_but_with_chunks_and_labels(make_model: Any, batch: Any) -> None:
+def test_logits_are_returned_unless_the_loss_is_computed_in_chunks(make_model: Any, batch: Any) -> None:
     model = make_model(loss_chunk_size=4)
     for training in (False, True):
         model.train(training)
@@ -240,7 +242,7 @@ def test_logits_are_returned_but_with_chunks_and_labels(make_model: Any, batch: 
     assert model.generate(batch["input_ids"], max_new_tokens=2).shape == (2, LENGTH + 2)
 
 
-def test_the_options_are_kept_in_the_file_where_they_are_set(make_model: Any, tmp_path: Path) -> None:
+def test_loss_options_are_saved_only_if_they_are_set(make_model: Any, tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "plain")
     assert "loss_chunk_size" not in (tmp_path / "plain/config.json").read_text()
@@ -262,12 +264,12 @@ def test_the_options_are_kept_in_the_file_where_they_are_set(make_model: Any, tm
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 must lie in \[0, 1\)"),
     ],
 )
-def test_options_that_cannot_be(fields: dict[str, Any], message: str, tiny: Any) -> None:
+def test_impossible_options_are_refused(fields: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=message):
         MistralConfig(**tiny(**fields))
 
 
-def test_calls_that_cannot_be_computed_in_chunks(make_model: Any, batch: Any) -> None:
+def test_calls_that_cannot_be_computed_in_chunks_are_refused(make_model: Any, batch: Any) -> None:
     model = make_model()
     with pytest.raises(ValueError, match="loss_chunk_size=0 must be at least 1"):
         model(**batch, loss_chunk_size=0)
@@ -303,7 +305,9 @@ IGNORED: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]]] = {
 
 @pytest.mark.parametrize("keywords", [{}, {"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": 0}], ids=str)
 @pytest.mark.parametrize("problem", [*IGNORED, "chunks", "chunks of a hooked head"])
-def test_all_labels_ignored(problem: str, keywords: dict[str, Any], make_model: Any, token_ids: Any) -> None:
+def test_a_batch_of_ignored_labels_has_zero_loss_and_gradients_and_warns(
+    problem: str, keywords: dict[str, Any], make_model: Any, token_ids: Any
+) -> None:
     """Zero, with a warning, and zero gradients for every parameter that a label would train."""
     name, labels = IGNORED.get(problem, IGNORED["causal"])
     model = make_model(name, num_labels=4).train()
@@ -328,7 +332,7 @@ def warnings_are_errors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("warnings_are_errors")
-def test_no_warning_where_one_label_counts(make_model: Any, token_ids: Any) -> None:
+def test_one_label_that_counts_gives_no_warning(make_model: Any, token_ids: Any) -> None:
     ids = token_ids(2, 9)
     labels = torch.full_like(ids, -100)
     labels[1, 3] = 7
