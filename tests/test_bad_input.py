@@ -1,4 +1,4 @@
-"""Calls that cannot work: each names what is wrong, where, and what to do."""
+"""Calls that cannot work: the error names the value, where it is, and the remedy."""
 
 from typing import Any
 
@@ -101,7 +101,7 @@ def test_a_cache_of_another_batch_is_refused(make_model: Any, token_ids: Any) ->
 
 
 def test_a_cache_with_too_few_layers_is_refused(make_model: Any, token_ids: Any) -> None:
-    """Too few layers: not a model that quietly skips its cache."""
+    """No layer is quietly left without a cache."""
     model, other = make_model(), make_model(num_hidden_layers=1)
     with pytest.raises((ValueError, IndexError)):
         model(token_ids(1, 5), past_key_values=RollingCache(other.config))
@@ -129,8 +129,8 @@ def test_labels_outside_the_classes_are_refused(
 ) -> None:
     labels = torch.zeros(shape, dtype=torch.long)
     labels[1] = wrong
-    place = r"\[1\]" if len(shape) == 1 else r"\[1, 0\]"
-    with pytest.raises(ValueError, match=rf"labels{place} = {wrong}, but must lie in \[0, 4\)"):
+    index = r"\[1\]" if len(shape) == 1 else r"\[1, 0\]"
+    with pytest.raises(ValueError, match=rf"labels{index} = {wrong}, but must lie in \[0, 4\)"):
         make_model(head, num_labels=4)(token_ids(3, 5), labels=labels)
 
 
@@ -158,13 +158,13 @@ def test_class_ids_that_are_not_integers_are_refused(make_model: Any, token_ids:
 
 def test_an_unknown_problem_type_is_refused(make_model: Any, token_ids: Any) -> None:
     model = make_model("ForSequenceClassification", num_labels=4)
-    vars(model.config)["problem_type"] = "divination"  # past the check that some releases make of an assignment
+    vars(model.config)["problem_type"] = "divination"  # some releases check assignments
     with pytest.raises(ValueError, match="divination"):
         model(token_ids(3, 5), labels=torch.zeros(3, 4))
 
 
 def test_an_answer_before_the_input_never_counts_as_the_first_token(make_model: Any, token_ids: Any) -> None:
-    """Refused, or ignored like those behind it; not taken for the first token."""
+    """It is refused, or ignored like an answer after the input."""
     model, ids, positions = make_model("ForQuestionAnswering"), token_ids(2, 5), torch.tensor([3, -1])
     inside = model(ids[:1], start_positions=positions[:1], end_positions=positions[:1]).loss
     try:
@@ -188,7 +188,7 @@ def test_logits_to_keep_outside_the_input_are_refused(make_model: Any, token_ids
 
 
 def test_an_empty_input_is_refused_or_gives_no_logits(make_model: Any) -> None:
-    """No tokens at all: an error or an empty result, never made-up numbers."""
+    """Without tokens there is an error or an empty result, never a made-up number."""
     try:
         logits = make_model()(torch.zeros(1, 0, dtype=torch.long)).logits
     except (ValueError, IndexError, RuntimeError):

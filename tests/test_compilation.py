@@ -1,5 +1,6 @@
-"""Compiled decoding with the static rolling buffer: how many graphs there are, and that they compute the same."""
+"""Compiled decoding with the static rolling buffer: the number of graphs, and that they compute the same."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,14 +12,14 @@ from mistral_hf import RollingCache
 
 
 @pytest.fixture(autouse=True)
-def fresh_dynamo() -> Any:
+def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_ids: Any) -> None:
-    """Steps from an almost empty buffer until it has wrapped twice, in two sequences of different length."""
+    """The steps begin in an almost empty buffer and wrap it twice, in two sequences of different lengths."""
     model = make_model(sliding_window=8)
     counter = CompileCounter()
     step = torch.compile(model.forward, backend=counter, fullgraph=True)
@@ -40,7 +41,7 @@ def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_id
 
 
 def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two calls of `generate` with other prompt lengths, both across the wrap, share the one decoding graph."""
+    """Two calls of `generate` with different prompt lengths, both across the wrap, share one decoding graph."""
     model = make_model(sliding_window=8)
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", compile_with(counter, torch.compile))
@@ -57,7 +58,7 @@ def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkey
 
 
 def compile_with(counter: CompileCounter, original: Any) -> Any:
-    """`torch.compile` with a counting backend in place of the one asked for."""
+    """`torch.compile` with a counting backend in place of the requested one."""
 
     def compile_counted(function: Any = None, **kwargs: Any) -> Any:
         return original(function, **{**kwargs, "backend": counter, "mode": None})

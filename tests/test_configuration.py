@@ -1,4 +1,4 @@
-"""MistralConfig: defaults, old and new files, exchange with the library's own class, validation."""
+"""MistralConfig: defaults, old and new files, exchange with the reference's class, validation."""
 
 import json
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def test_class_attributes_match_the_reference() -> None:
 
 
 def test_old_hub_files_are_read(tmp_path: Path) -> None:
-    """The fields of Mistral-7B-v0.1's config.json, as of 2023."""
+    """With the fields of Mistral-7B-v0.1's config.json of 2023."""
     config = from_file(
         tmp_path,
         architectures=["MistralForCausalLM"],
@@ -158,7 +158,7 @@ def test_layer_types_must_be_uniform() -> None:
     ("field", "value"), [("sliding_window", 0), ("num_key_value_heads", 3), ("head_dim", 7), ("hidden_act", "swiglu")]
 )
 def test_an_override_while_loading_is_validated(checkpoint: Path, field: str, value: Any) -> None:
-    """`from_pretrained` sets overrides after the configuration was made."""
+    """`from_pretrained` applies overrides after it has built the configuration."""
     with pytest.raises(ValueError, match=rf"{field}={value!r}"):
         MistralForCausalLM.from_pretrained(checkpoint, **{field: value})
 

@@ -1,4 +1,4 @@
-"""Models on several devices: offloaded, tensor-parallel, fully sharded. The processes are two, on the CPU (gloo)."""
+"""Models on several devices: offloaded, tensor-parallel, fully sharded. Two processes run on the CPU (gloo)."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
 
 TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ROOT = Path(__file__).parents[1]
-GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each call of it
+GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each of its calls
 CHUNKS = (None, 5) if GATHERS_EVERY_CALL else (None,)
 accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
-# What both processes run: a checkpoint with tensor parallelism, then sharded by FSDP2, compared with the whole model.
+# Both processes run this: a checkpoint with tensor parallelism, then sharded by FSDP2, against the whole model.
 WORKER = '''
 import json, os, sys
 import torch
@@ -101,9 +101,9 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What each of the two processes found."""
+    """The results of the two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    make_model(vocab_size=100).save_pretrained(folder)  # some releases split no odd vocabulary
+    make_model(vocab_size=100).save_pretrained(folder)  # some releases cannot split an odd vocabulary
     script = folder / "worker.py"
     script.write_text(WORKER)
     with socket.socket() as free:
@@ -177,14 +177,14 @@ def test_sharded_training_has_the_loss_curve_of_one_process(found: Any) -> None:
 
 
 @accelerate
-@pytest.mark.parametrize("places", ["cpu and disk", "disk"])
+@pytest.mark.parametrize("devices", ["cpu and disk", "disk"])
 def test_offloading_gives_the_same_tokens_and_losses(
-    places: str, checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path
+    devices: str, checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path
 ) -> None:
-    """Under a small max_memory, ``device_map="auto"`` sends what does not fit to the disk."""
+    """Under a small `max_memory`, ``device_map="auto"`` sends the layers that do not fit to the disk."""
     expected = make_model()
     size = sum(p.nbytes for p in expected.parameters())
-    memory = {"cpu": 0.7 * size if places == "cpu and disk" else 0.35 * size}
+    memory = {"cpu": 0.7 * size if devices == "cpu and disk" else 0.35 * size}
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
     )
@@ -214,7 +214,7 @@ def test_dispatched_layers_fill_the_rolling_buffer(checkpoint: Path, make_model:
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
 @accelerate
 def test_launch_configurations_fit_accelerate_and_the_model(name: str) -> None:
-    """Accelerate reads them, their fields are all known, and they name the decoder layer."""
+    """Accelerate reads them and has all of their fields; the layer class that they name exists."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

@@ -1,4 +1,4 @@
-"""What `generate` writes: the library's own words, by every way of decoding, from every cache."""
+"""`generate` writes the text of the reference, with every decoding strategy and every cache."""
 
 import importlib.util
 import logging
@@ -27,7 +27,7 @@ def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: 
 def test_greedy_text_matches_the_reference_over_256_tokens(
     window: int | None, implementation: str, make_pair: Any, padded: Any
 ) -> None:
-    """Through many turns of the window, rows padded differently."""
+    """The window turns over many times, and the rows are padded differently."""
     pair = make_pair("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
     inputs = padded(21, 1, 9, 13)
     ours, stock = (generate(model, inputs, 256) for model in pair)
@@ -41,7 +41,7 @@ def test_greedy_text_matches_the_reference_over_256_tokens(
 def test_greedy_matches_the_uncached_oracle(
     window: int | None, implementation: str, make_model: Any, padded: Any
 ) -> None:
-    """Window 1 too, where the library's sliding layer keeps every key."""
+    """Also for window 1, where the library's sliding layer keeps every key."""
     model = make_model("ForCausalLM", implementation, sliding_window=window)
     inputs = padded(11, 4)
     expected = reference.greedy(model.state_dict(), model.config, inputs["input_ids"], 20, inputs["attention_mask"])
@@ -111,7 +111,7 @@ def test_sampling_and_beams_match_the_oracle(
 @WINDOWS
 @pytest.mark.parametrize("way", ["assisted", "lookup"])
 def test_speculation_matches_the_oracle(way: str, window: int | None, make_model: Any, token_ids: Any) -> None:
-    """A wrong assistant's guesses, and those looked up, are taken back from the buffer, before and after it wraps."""
+    """Wrong guesses of an assistant or a lookup are removed from the buffer, before and after it wraps."""
     model, ids = make_model(sliding_window=window), token_ids(1, 4).repeat(1, 3)
     helper = make_model(sliding_window=window, num_hidden_layers=1)
     options = {"assisted": {"assistant_model": helper}, "lookup": {"prompt_lookup_num_tokens": 3}}[way]
@@ -130,7 +130,7 @@ def test_assisted_sampling_matches_the_reference(make_pair: Any, token_ids: Any)
 
 
 def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
-    """The most frequent next token ends the text: rows end at different steps and are padded."""
+    """The tenth token of row 0 becomes the end token: rows end at different steps and are padded."""
     pair, inputs = make_pair(), padded(11, 4, 7)
     free = generate(pair.ours, inputs)[:, 11:]
     end = free[0, 9].item()
@@ -141,7 +141,7 @@ def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
 
 @pytest.mark.parametrize("window", [None, 8])
 def test_assisted_decoding_does_not_change_the_text(window: int | None, make_pair: Any, token_ids: Any) -> None:
-    """With an assistant that guesses well (the model itself), and one that is mostly wrong."""
+    """One assistant guesses well (it is the model itself), and another is mostly wrong."""
     pair = make_pair(sliding_window=window)
     wrong = make_pair(sliding_window=window, num_hidden_layers=1)
     inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
@@ -280,7 +280,7 @@ def test_logits_of_every_step_match_the_reference_and_scores_are_returned(make_p
 
 
 def test_attentions_and_hidden_states_of_every_step_match_the_reference(make_pair: Any, padded: Any) -> None:
-    """Of every step; the keys of a wrapped window are in slot order, so only the sums of weights are comparable."""
+    """Without a window, since a wrapped buffer would return the weights in the order of its slots."""
     options = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
     pair = make_pair("ForCausalLM", "eager", sliding_window=None)
     ours, stock = (generate(model, padded(11, 4), 12, **options) for model in pair)
@@ -299,7 +299,7 @@ def test_low_precision_runs_past_the_window(dtype: torch.dtype, make_model: Any,
 def test_exceeding_max_position_embeddings_warns_once(
     make_model: Any, token_ids: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text is the oracle's, which knows no limit."""
+    """The text still matches that of the oracle, which has no limit."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, ids = make_model(max_position_embeddings=17), token_ids(1, 11)
     short = generate(model, {"input_ids": ids}, 6)

@@ -1,4 +1,4 @@
-"""What the classification heads pool and how their losses add up over micro batches."""
+"""The token that classification heads pool, and how losses add up over micro batches."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_the_last_real_token_is_pooled(side: str, classifier: Any, padded: Any) 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_mask_tells_padding_from_an_end_token_with_the_same_id(side: str, make_model: Any, padded: Any) -> None:
-    """Every text ends in id 2, which also pads: only the mask tells them apart."""
+    """Every text ends in id 2, which is also the padding: only the mask tells them apart."""
     model = make_model("ForSequenceClassification", pad_token_id=2, eos_token_id=2, num_labels=CLASSES)
     inputs = padded(12, 5, side=side)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -89,7 +89,7 @@ PROBLEMS = {
 
 
 def problem_batch(problem: str, padded: Any) -> dict[str, Tensor]:
-    """Rows of very different lengths, so that means of means are visibly wrong."""
+    """Rows of very different lengths, for which a mean of means is visibly wrong."""
     inputs = padded(12, 3, 11, 2, 9, 4, side="right")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     labels = {
@@ -106,7 +106,7 @@ def problem_batch(problem: str, padded: Any) -> dict[str, Tensor]:
 
 
 def label_count(problem: str, batch: dict[str, Tensor]) -> Tensor:
-    """As the Trainer counts: labels that are not -100 (of a language model, without the first of each row)."""
+    """Number of labels other than -100 (of a language model, without the first of each row), as Trainer counts them."""
     if problem == "answers":
         return torch.tensor(len(batch["input_ids"]))
     labels = batch["labels"][:, 1:] if problem == "causal" else batch["labels"]
@@ -163,7 +163,7 @@ def test_sequence_losses_match_their_formulas(make_model: Any, padded: Any) -> N
 
 @pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
 def test_regression_labels_may_be_a_vector_or_a_column(shape: tuple[int, ...], make_model: Any, padded: Any) -> None:
-    """Of shape ``[B]`` against logits ``[B, 1]``, without broadcasting to ``[B, B]``."""
+    """Labels ``[B]`` and logits ``[B, 1]`` do not broadcast to ``[B, B]``."""
     head, fields = PROBLEMS["regression"]
     batch = problem_batch("regression", padded)
     batch["labels"] = batch["labels"].view(shape)
@@ -173,7 +173,7 @@ def test_regression_labels_may_be_a_vector_or_a_column(shape: tuple[int, ...], m
 
 
 def test_a_batch_does_not_decide_the_problem_type_of_the_next(make_model: Any, padded: Any) -> None:
-    """The problem type follows the labels anew in each call; the configuration, which is saved, stays as it was."""
+    """Each call derives the problem type from its labels; the configuration, which is saved, stays unchanged."""
     model = make_model("ForSequenceClassification", num_labels=CLASSES)
     multi, single = problem_batch("multi", padded), problem_batch("single", padded)
     model(**multi)
@@ -223,7 +223,7 @@ def test_question_answering_ignores_answers_outside_the_input(make_model: Any, t
 
 @pytest.mark.parametrize("problem", ["causal", "tokens", "single", "multi", "regression"])
 def test_trainer_accumulates_to_the_large_batch(problem: str, make_model: Any, padded: Any, tmp_path: Path) -> None:
-    """One optimiser step over micro batches of 2 moves the weights as one over the batch of 6."""
+    """One optimiser step over micro batches of 2 moves the weights as a step over the batch of 6 does."""
     head, fields = PROBLEMS[problem]
     rows = problem_batch(problem, padded)
     data = [{name: tensor[row] for name, tensor in rows.items()} for row in range(BATCH)]

@@ -1,8 +1,8 @@
-"""Checkpoints on their way to and from the disk, whole and damaged."""
+"""Saving and loading checkpoints, whole and damaged."""
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def test_weights_load_in_the_requested_dtype(make_model: Any, tmp_path: Path) ->
 
 
 def test_rotary_buffers_survive_loading(checkpoint: Path, make_model: Any) -> None:
-    """They are in no file, and a model is first made without memory."""
+    """No file holds them, and loading first builds a model without memory."""
     loaded, made = MistralForCausalLM.from_pretrained(checkpoint), make_model()
     assert torch.equal(loaded.model.rotary_emb.inv_freq, made.model.rotary_emb.inv_freq)
     assert torch.equal(loaded.model.rotary_emb.original_inv_freq, made.model.rotary_emb.original_inv_freq)
@@ -93,10 +93,10 @@ def test_a_device_map_does_not_change_the_logits(
 
 
 def test_layers_on_disk_generate_the_same_text(checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path) -> None:
-    """A device map may send whole layers elsewhere, which hooks then bring and take away."""
-    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = MistralForCausalLM.from_pretrained(checkpoint, device_map=places, offload_folder=tmp_path / "offload")
+    """Hooks load and unload the layers that a device map sends elsewhere."""
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = MistralForCausalLM.from_pretrained(checkpoint, device_map=device_map, offload_folder=tmp_path / "offload")
     assert model.model.layers[1].mlp.up_proj.weight.is_meta
     inputs = padded(11, 5)
     expected = make_model().generate(**inputs, max_new_tokens=10, do_sample=False)
@@ -111,8 +111,8 @@ def test_a_language_model_loads_as_a_backbone_and_back(checkpoint: Path, make_mo
 
 
 @pytest.fixture
-def report(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """What loading has logged."""
+def report(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], str]]:
+    """Returns the log of loading."""
     logger = logging.getLogger("transformers")
     propagate, logger.propagate = logger.propagate, True
     caplog.set_level(logging.WARNING)
@@ -178,7 +178,7 @@ def test_a_missing_shard_is_refused(make_model: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kept", [0, 6, 200, -100])
 def test_a_truncated_file_is_refused(kept: int, checkpoint: Path) -> None:
-    """Cut in the header's length, in the header, or in the data."""
+    """It is cut in the length of the header, in the header, or in the data."""
     path = checkpoint / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The five models beside the library's own and the oracle, and the contract of a library model."""
+"""The five models against the reference and the oracle, and the contract of a Transformers model."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ def outputs_of(output: Any) -> dict[str, Tensor]:
 
 
 def assert_same_outputs(ours: Any, stock: Any, real: Tensor | None = None, **tolerance: float) -> None:
-    """All output tensors are close, where tokens are real (logits of padding mean nothing)."""
+    """All output tensors are close where tokens are real; the logits of padding mean nothing."""
     ours, stock = outputs_of(ours), outputs_of(stock)
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
@@ -34,7 +34,7 @@ def assert_same_outputs(ours: Any, stock: Any, real: Tensor | None = None, **tol
 
 
 def labels_of(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels for a head; a row's first real token is not one, as padding would have to predict it."""
+    """Labels for a head; a row's first real token is not a label, since padding would have to predict it."""
     ids = inputs["input_ids"]
     if head == "ForCausalLM":
         mask = inputs.get("attention_mask", torch.ones_like(ids))
@@ -63,7 +63,7 @@ def test_forward_and_loss_match_the_reference(
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_match_the_reference(head: str, implementation: str, make_pair: Any, padded: Any) -> None:
     pair = make_pair(head, implementation)
-    # A question's answer is sought in the padding, too, where the library's two implementations differ.
+    # An answer may lie in the padding, where the two implementations of the reference differ.
     inputs = padded(21, 21) if head == "ForQuestionAnswering" else padded(21, 4, 13)
     for output in pair(**inputs, **labels_of(head, inputs)):
         real = inputs["attention_mask"].bool()
@@ -95,16 +95,16 @@ def test_logits_match_the_oracle_for_every_window_and_length(
 def test_long_inputs_and_their_gradients_match_the_reference(
     window: int | None, implementation: str, make_pair: Any, padded: Any
 ) -> None:
-    """Longer than a block of queries, so that the mask is a rule and not a tensor.
+    """Inputs longer than a block of queries, whose mask is a rule and not a tensor.
 
-    The library counts positions from the padding on, which would cost accuracy in the angles.
+    The reference counts positions from the padding, which would make the angles less accurate.
     """
     pair = make_pair("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
     inputs = padded(700, 650)
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
     outputs = pair(**inputs, **labels_of("ForCausalLM", inputs))
     assert_same_outputs(*outputs, real=inputs["attention_mask"])
-    with torch.no_grad():  # bands are views then, and the keys of a prompt go through the cache
+    with torch.no_grad():  # then bands are views, and the keys of a prompt go through the cache
         assert_same_outputs(*pair(**inputs), real=inputs["attention_mask"])
     for output in outputs:
         output.loss.backward()
@@ -126,7 +126,7 @@ def test_every_head_shape_matches_the_oracle_in_double_precision(
     ).double()
     ids = token_ids(2, 19)
     expected = reference.hidden_states(model.state_dict(), model.config, ids)[-1]
-    # Rotary angles and the softmax weights of eager attention are float32 in every dtype, as in the library.
+    # Rotary angles and the softmax weights of eager attention are float32 in every dtype, as in the reference.
     torch.testing.assert_close(model(ids).last_hidden_state, expected, **TIGHT)
 
 
@@ -135,7 +135,7 @@ def test_every_head_shape_matches_the_oracle_in_double_precision(
 def test_low_precision_is_as_accurate_as_the_reference(
     dtype: torch.dtype, implementation: str, make_model: Any, to_stock: Any, padded: Any
 ) -> None:
-    """Against the float64 oracle with the same rounded weights, and in steps of the dtype."""
+    """Against the float64 oracle with the same rounded weights; the largest error is given in steps of the dtype."""
     model = make_model("ForCausalLM", implementation).to(dtype)
     inputs = padded(40, 25, 31)
     real = inputs["attention_mask"].bool()
@@ -150,7 +150,7 @@ def test_low_precision_is_as_accurate_as_the_reference(
 
 @pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
 def test_rope_types_match_the_reference(kind: str, rope_parameters: Any, make_pair: Any, token_ids: Any) -> None:
-    """Below and above the pretrained length, then below again: some types change their frequencies on the way."""
+    """Below, above and again below the pretrained length: some types change their frequencies in between."""
     pair = make_pair(
         rope_parameters=rope_parameters(kind),
         max_position_embeddings=64 if kind == "dynamic" else 256,
@@ -278,7 +278,7 @@ def test_packed_sequences_do_not_see_each_other(make_model: Any, token_ids: Any)
 def test_custom_masks_match_the_reference(
     implementation: str, additive: bool, per_head: bool, make_pair: Any, token_ids: Any
 ) -> None:
-    """A block-wise bidirectional mask, which no rule of ours could have made, for every head alike or for each."""
+    """A block-wise bidirectional mask, which our mask functions cannot make, shared by all heads or different."""
     pair, ids = make_pair("ForCausalLM", implementation), token_ids(2, 12)
     blocks = torch.arange(12) // 4
     mask = (blocks[:, None] >= blocks).expand(2, 4 if per_head else 1, 12, 12).clone()
@@ -286,7 +286,7 @@ def test_custom_masks_match_the_reference(
         mask[:, 1] = mask[:, 1].tril()
     usual = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     ours = pair.ours(ids, attention_mask=usual if additive else mask, use_cache=False).logits
-    # The library's eager attention only adds masks.
+    # The reference's eager attention only adds masks.
     stock = pair.stock(ids, attention_mask=usual, use_cache=False).logits
     torch.testing.assert_close(ours, stock, **TIGHT)
     assert (ours - pair.ours(ids).logits).abs().max() > 0.1
@@ -313,7 +313,7 @@ def test_gradient_checkpointing_does_not_change_loss_and_gradients(
 
 
 def test_gradient_checkpointing_saves_memory(make_model: Any, token_ids: Any) -> None:
-    """Fewer bytes are kept for the backward pass."""
+    """Fewer than half of the bytes are kept for the backward pass."""
 
     def saved_bytes(model: Any) -> int:
         total = 0
@@ -415,7 +415,7 @@ def test_an_exported_program_matches_the_model(length: int, make_model: Any, tok
 
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
-    """One program for lengths below and above the window, and beyond a block of queries."""
+    """The lengths lie below and above the window, and beyond a block of queries."""
     model = make_model(num_hidden_layers=1)
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2000)}
 
@@ -433,7 +433,7 @@ def test_one_exported_program_serves_every_length(with_mask: bool, make_model: A
 
 @pytest.fixture
 def spy() -> Iterator[list[Any]]:
-    """The masks that a user's own attention, registered as "spy", was given."""
+    """The masks given to a custom attention function that is registered as ``"spy"``."""
     masks: list[Any] = []
 
     def attention(

@@ -1,4 +1,4 @@
-"""Quantization on loading: what is quantized, how small it gets, and that the model still works."""
+"""Quantization on loading: which layers are quantized, their size, and that the model still works."""
 
 import json
 import sys
@@ -68,7 +68,7 @@ def test_every_projection_is_quantized_and_nothing_else(quantized: Any) -> None:
 
 @torch.no_grad()
 def test_the_loss_of_held_out_text_stays_close_to_full_precision(quantized: Any, full: Any, text: Tensor) -> None:
-    """Within 5% of the perplexity (10% for fp4), which is not that of the full weights."""
+    """The perplexity stays within 5% (10% for fp4) and is not that of the full weights."""
     expected, loss = (model(text, labels=text).loss.float() for model in (full, quantized))
     config = quantized.config.quantization_config
     fp4 = config.load_in_4bit and config.bnb_4bit_quant_type == "fp4"
@@ -77,7 +77,7 @@ def test_the_loss_of_held_out_text_stays_close_to_full_precision(quantized: Any,
 
 
 def test_generates_through_the_rolling_buffer(quantized: Any, text: Tensor) -> None:
-    """Past the window of 128: each step as the whole text at once would have it."""
+    """Past the window of 128, each step chooses the likeliest token given the whole text."""
     output = quantized.generate(text[:1, :120], max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
     cache = output.past_key_values
     assert isinstance(cache, RollingCache)
@@ -142,7 +142,7 @@ def test_a_quantized_layer_of_7b_takes_less_than_a_third_of_the_memory(tmp_path:
 
 
 def test_an_adapter_learns_while_the_4_bit_weights_stay(text: Tensor) -> None:
-    """QLoRA: the adapter learns, the 4-bit weights stay."""
+    """QLoRA: the loss falls, and the 4-bit weights do not change."""
     peft = pytest.importorskip("peft")
     model = peft.prepare_model_for_kbit_training(load(format="nf4 bfloat16"), use_gradient_checkpointing=False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
@@ -223,7 +223,7 @@ def test_formats_that_need_other_packages_or_files_name_them(config: Any, packag
 
 
 def test_a_gptq_checkpoint_loads_through_the_library(tmp_path: Path) -> None:
-    """Through the library, where its packages are installed."""
+    """This needs the packages that the library uses for GPTQ."""
     pytest.importorskip("optimum", reason="GPTQ needs optimum and gptqmodel")
     pytest.importorskip("gptqmodel", reason="GPTQ needs optimum and gptqmodel")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)

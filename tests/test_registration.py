@@ -1,4 +1,4 @@
-"""Who answers for Mistral in the Auto classes, models composed with a Mistral inside, and what importing costs."""
+"""The Auto classes build our models, composite models contain them, and importing the package is cheap."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ AUTO = {
 
 
 def resolved_modules(folder: Path) -> set[str]:
-    """Modules of the classes that all Auto classes make of a checkpoint."""
+    """Modules of the classes that the Auto classes build from a checkpoint."""
     models = [getattr(transformers, auto).from_pretrained(folder) for auto in AUTO]
     assert [type(model).__name__ for model in models] == list(AUTO.values())
     return {type(AutoConfig.from_pretrained(folder)).__module__, *(type(model).__module__ for model in models)}
@@ -74,7 +74,7 @@ def test_a_registration_without_effect_is_refused_and_undone(
         patch.setattr(getattr(registration, ignored), "register", lambda *args, **kwargs: None)
         with pytest.raises(RuntimeError, match=r"Auto\w+ resolves model_type 'mistral' to .* instead of mistral_hf\."):
             mistral_hf.register()
-    # Nothing is left half registered.
+    # No class stays registered.
     assert type(AutoModelForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
 
 
@@ -129,7 +129,7 @@ def text_model(model: Any) -> Any:
 def test_composite_models_contain_ours_and_match_the_reference(
     kind: str, tiny: Any, padded: Any, tmp_path: Path
 ) -> None:
-    """Built, run, saved and read back with our text model; then the same with the library's, to the same result."""
+    """Built, run, saved and loaded with our text model, and loaded with the reference's, for the same results."""
     composite = getattr(transformers, COMPOSITES[kind])
     model = composite(composite_config(kind, {"model_type": "mistral", **tiny()})).eval()
     assert type(text_model(model)) is mistral_hf.MistralModel
@@ -169,7 +169,7 @@ def test_a_composite_model_takes_the_reference_text_configuration(tiny: Any, tok
 
 
 def test_importing_loads_only_the_files_of_the_package() -> None:
-    """Beyond torch, the library's Mistral module and its Auto classes, only the package itself is imported."""
+    """After torch, the reference's Mistral module and the Auto classes, only the package is imported."""
     code = """
 import sys
 import transformers.models.mistral.modeling_mistral

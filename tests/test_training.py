@@ -1,4 +1,4 @@
-"""Training through the library's Trainer, PEFT and TRL, as they come."""
+"""Training with Trainer, PEFT and the collators of TRL."""
 
 import json
 from importlib import import_module
@@ -19,13 +19,13 @@ LENGTHS = (7, 12, 3)
 
 @pytest.fixture
 def sequences(token_ids: Any) -> list[dict[str, list[int]]]:
-    """Three texts of different lengths, the beginning of each without labels."""
+    """Three texts of different lengths; the first token of each is not a label."""
     rows = [token_ids(1, length, seed=length)[0].tolist() for length in LENGTHS]
     return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
 
 
 def loss_and_gradients(model: Any, *batches: dict[str, Any], **keywords: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of the sum of the batches' losses."""
+    """The sum of the losses of all batches, and its gradients by name."""
     model.zero_grad()
     loss = torch.stack([model(**batch, **keywords).loss for batch in batches]).sum()
     loss.backward()
@@ -58,7 +58,7 @@ def padding_free(sequences: Any) -> dict[str, Any]:
 
 
 def packed(sequences: Any) -> dict[str, Any]:
-    """As TRL packs rows: one long row that says how long its sequences are."""
+    """As TRL packs rows: one long row with the lengths of its sequences."""
     sft = pytest.importorskip("trl.trainer.sft_trainer")
     ids = [token for row in sequences for token in row["input_ids"]]
     row = {"input_ids": ids, "seq_lengths": [len(row["input_ids"]) for row in sequences]}
@@ -66,7 +66,7 @@ def packed(sequences: Any) -> dict[str, Any]:
 
 
 def unmasked(sequences: Any) -> dict[str, Any]:
-    """A collator that forgets to mask the labels at the starts."""
+    """A collator that does not mask the labels at the starts of sequences."""
     batch = flattened(sequences)
     return batch | {"labels": batch["input_ids"].clone()}
 
@@ -97,7 +97,7 @@ def test_packed_sequences_train_as_if_alone(
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_long_packed_sequences_train_as_if_alone(implementation: str, make_model: Any, token_ids: Any) -> None:
-    """Longer than a block of banded attention, boundaries within blocks and windows."""
+    """Longer than a block of banded attention, with boundaries inside blocks and windows."""
     model = make_model(implementation=implementation, sliding_window=40).train()
     rows = [{"input_ids": token_ids(1, length, seed=length)[0].tolist()} for length in (301, 17, 250, 33)]
     batch = flattened(rows)
@@ -129,7 +129,7 @@ def wrong_mask(sequences: Any) -> dict[str, Any]:
 
 
 def wrong_mask_with_padding(sequences: Any) -> dict[str, Any]:
-    """Padding between two sequences does not keep them apart."""
+    """Padding between two sequences does not separate them."""
     batch = wrong_mask(sequences)
     batch["attention_mask"][:, LENGTHS[0]] = 0
     return batch
@@ -161,7 +161,7 @@ def test_packing_without_positions_is_refused(keyword: str, make_model: Any, seq
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("filler", [0, 1])
 def test_positions_of_padding_may_be_anything(filler: int, side: str, make_model: Any, padded: Any) -> None:
-    """0 0 0 1 2, as generate and collators number padded rows, is no packing."""
+    """``0 0 0 1 2``, as `generate` and collators number padded rows, is not packing."""
     inputs = padded(12, 5, 1, side=side)
     mask = inputs["attention_mask"]
     positions = (mask.cumsum(dim=1) - 1).masked_fill(mask == 0, filler)
@@ -171,7 +171,7 @@ def test_positions_of_padding_may_be_anything(filler: int, side: str, make_model
 
 
 class Losses(TrainerCallback):
-    """What was logged."""
+    """The logged losses."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -181,7 +181,7 @@ class Losses(TrainerCallback):
 
 
 def train(model: Any, data: Any, folder: Path, collator: Any = None, resume: Any = None, **options: Any) -> Any:
-    """The logged losses of a short run with Trainer, and the weights that it ends with."""
+    """The logged losses of a short run with Trainer, and the final weights."""
     defaults = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
@@ -206,7 +206,7 @@ def train(model: Any, data: Any, folder: Path, collator: Any = None, resume: Any
 def rows(token_ids: Any) -> list[dict[str, Tensor]]:
     ids = token_ids(8, 12)
     return [
-        {"input_ids": row, "labels": row.masked_fill(torch.arange(12) < place, -100)} for place, row in enumerate(ids)
+        {"input_ids": row, "labels": row.masked_fill(torch.arange(12) < index, -100)} for index, row in enumerate(ids)
     ]
 
 
@@ -224,7 +224,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_trainer_moves_the_weights_as_in_the_reference(
     options: str, chunk: int | None, make_pair: Any, rows: Any, tmp_path: Path
 ) -> None:
-    """Four optimiser steps, whatever saves memory on the way, as the library's model without any of it."""
+    """Four optimiser steps, with options that save memory, against the reference without them."""
     pair = make_pair(loss_chunk_size=chunk, tie_word_embeddings=True)
     before = {name: p.detach().clone() for name, p in pair.ours.named_parameters()}
     expected = train(pair.stock, rows, tmp_path, optim="sgd")
@@ -274,7 +274,7 @@ def test_resumed_training_matches_uninterrupted_training(make_model: Any, rows: 
 
 
 def test_neftune_adds_noise_and_leaves_no_hook(make_model: Any, rows: Any, tmp_path: Path) -> None:
-    """Noise on the embeddings while training, and none of it left behind."""
+    """Embeddings are noisy in training, and the hook that adds the noise is removed."""
     plain, _ = train(make_model(), rows, tmp_path)
     model = make_model()
     noisy, _ = train(model, rows, tmp_path, neftune_noise_alpha=5)
@@ -296,7 +296,7 @@ def test_compiled_training_matches_eager_training(
 
 
 def test_packed_training_matches_training_on_single_sequences(make_model: Any, sequences: Any, tmp_path: Path) -> None:
-    """One packed batch a step, or the same sequences one by one, their gradients accumulated."""
+    """One packed batch a step, against the same sequences one by one with accumulated gradients."""
     data = sequences * 2
     options = {"optim": "sgd", "max_steps": 2}
     packed = train(
@@ -311,7 +311,7 @@ def test_packed_training_matches_training_on_single_sequences(make_model: Any, s
 
 def test_accumulated_answers_match_the_large_batch(make_model: Any, token_ids: Any, tmp_path: Path) -> None:
     ids = token_ids(6, 12)
-    data = [{"input_ids": row, "start_positions": place, "end_positions": place + 2} for place, row in enumerate(ids)]
+    data = [{"input_ids": row, "start_positions": index, "end_positions": index + 2} for index, row in enumerate(ids)]
     options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
     large = train(make_model("ForQuestionAnswering"), data, tmp_path, per_device_train_batch_size=6, **options)
     small = train(make_model("ForQuestionAnswering"), data, tmp_path, gradient_accumulation_steps=3, **options)
@@ -320,7 +320,7 @@ def test_accumulated_answers_match_the_large_batch(make_model: Any, token_ids: A
 
 
 def test_label_smoothing_matches_the_trainer(make_model: Any, rows: Any, tmp_path: Path) -> None:
-    """It needs the logits; the configuration's gives the same without them."""
+    """Trainer's needs all logits; the configuration's gives the same loss without them."""
     expected = train(make_model(), rows, tmp_path, label_smoothing_factor=0.1)
     found = train(make_model(loss_chunk_size=5, label_smoothing=0.1), rows, tmp_path)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
@@ -337,7 +337,7 @@ def test_evaluation_in_chunks_gives_the_same_loss(make_model: Any, rows: Any, tm
 
 
 def test_the_benchmark_runs_and_its_versions_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In tiny sizes, whose times mean nothing; a second run keeps what the first one found."""
+    """In tiny sizes, whose times mean nothing; a second run keeps the results of the first."""
     pytest.importorskip("bitsandbytes")
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     training = import_module("benchmarks.training")
@@ -375,7 +375,7 @@ def trained_adapter(peft: Any, model: Any, ids: Tensor, folder: Path) -> Tensor:
 def test_adapters_are_exchanged_with_the_reference(
     trained: str, peft: Any, make_pair: Any, token_ids: Any, tmp_path: Path
 ) -> None:
-    """Trained on the one model, an adapter does the same to the other; so does the model that it is merged into."""
+    """An adapter trained on one model gives the other the same logits, loaded and merged."""
     ids, (ours, stock) = token_ids(2, 11), make_pair()
     plain = ours(ids).logits
     source, target = (ours, stock) if trained == "ours" else (stock, ours)
@@ -395,7 +395,7 @@ def test_adapters_are_exchanged_with_the_reference(
 def test_adapters_load_through_load_adapter_and_from_pretrained(
     peft: Any, make_model: Any, token_ids: Any, tmp_path: Path
 ) -> None:
-    """``load_adapter``, switching it off, and a folder that holds nothing but the adapter."""
+    """It can also be switched off, and loads from a folder that holds only the adapter."""
     ids, base = token_ids(1, 9), tmp_path / "base"
     make_model().save_pretrained(base)
     expected = trained_adapter(peft, AutoModelForCausalLM.from_pretrained(base), ids, tmp_path / "adapter")
@@ -423,7 +423,7 @@ def test_an_adapter_for_another_shape_is_refused(
 
 
 def test_a_tuned_head_is_saved_with_the_adapter(peft: Any, make_model: Any, token_ids: Any, tmp_path: Path) -> None:
-    """The new head of a classifier belongs to the adapter."""
+    """The new head of a classifier is part of the adapter."""
     ids, labels = token_ids(4, 9), torch.tensor([0, 1, 0, 1])
     model = peft.get_peft_model(
         make_model("ForSequenceClassification"), peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"])

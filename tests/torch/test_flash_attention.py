@@ -61,12 +61,12 @@ def pair(make_model: Any) -> Any:
 
 
 def padding(side: str, length: int) -> Tensor:
-    """Masks of a row with all tokens, one with some padding, one with much."""
-    places = torch.arange(length).expand(3, -1)
+    """Masks of a row with all tokens, one with little padding and one with much, ``[3, length]``."""
+    indices = torch.arange(length).expand(3, -1)
     counts = torch.tensor([[length], [length - 5], [2]])
     if side == "both":
-        return ((places >= 2) & (places < counts + (counts == 2))).long()
-    return (places >= length - counts if side == "left" else places < counts).long()
+        return ((indices >= 2) & (indices < counts + (counts == 2))).long()
+    return (indices >= length - counts if side == "left" else indices < counts).long()
 
 
 def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
@@ -80,7 +80,7 @@ def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> 
 def test_forward_and_backward_match_eager_attention(
     side: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
-    """Any padding without a cache, and with the one that forward makes by itself."""
+    """With any padding, without a cache and with the one that `forward` makes."""
     ids = torch.randint(1, 99, (3, 19))
     mask = None if side == "none" else padding(side, 19)
     real = torch.ones(3, 19) if mask is None else mask
@@ -99,7 +99,7 @@ def test_forward_and_backward_match_eager_attention(
 def test_packed_sequences_are_computed_as_if_alone(
     how: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
-    """The library's flattening collator: each sequence gives what it gives alone, with its gradient."""
+    """Sequences of the flattening collator have the same logits as alone, and all weights get gradients."""
     features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
     batch = DataCollatorWithFlattening(
         return_flash_attn_kwargs=how != "positions", return_position_ids=how != "bounds"
@@ -135,7 +135,7 @@ GENERATION = {
 def test_generation_across_the_wrap_matches_eager_attention(
     how: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
-    """Greedily or with beams, left-padded or not: the same tokens."""
+    """The tokens are equal, greedily or with beams, left-padded or not."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 17))
     masks = [padding("left", 17), torch.ones_like(ids)]
@@ -154,7 +154,7 @@ def test_generation_across_the_wrap_matches_eager_attention(
 def test_steps_and_chunks_with_any_cache_match_eager_attention(
     make: Any, side: str, counts: tuple[int, ...], kernels: Any, exact: None, pair: Any
 ) -> None:
-    """Logits of every call, among them those of the library's caches, which hold more than the window."""
+    """Logits of every call, also with the library's caches, which hold more than the window."""
     for window in (None, 3, 8):
         ours, eager = pair(sliding_window=window)
         ids = torch.randint(1, 99, (3, sum(counts)))
@@ -175,7 +175,7 @@ def test_steps_and_chunks_with_any_cache_match_eager_attention(
 def test_a_step_with_gradients_matches_eager_attention(
     window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
-    """Where the kernels' decoding functions have no backward pass, others take their place."""
+    """The decoding functions of the kernels have no backward pass, so others are used."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 12))
     gradients = []
@@ -190,7 +190,7 @@ def test_a_step_with_gradients_matches_eager_attention(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_close_as_eager(dtype: torch.dtype, kernels: Any, pair: Any) -> None:
-    """Distance from the float32 logits of the same rounded weights, forward and decoding past the window."""
+    """Both are compared with float32 logits of the same rounded weights, in prefill and decoding past the window."""
     ours, eager = (model.to(dtype) for model in pair())
     truth = copy.deepcopy(eager).float()
     ids, mask = torch.randint(1, 99, (3, 30)), padding("left", 30)
@@ -217,7 +217,7 @@ def test_autocast_decides_the_dtype(kernels: Any, pair: Any) -> None:
 
 
 class Spy:
-    """The package's or PyTorch's decoding function, which notes where the keys that it got lie."""
+    """A decoding function of the kernels that records the addresses of its keys."""
 
     def __init__(self, function: Any, monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
         self.addresses: list[int] = []
@@ -236,7 +236,7 @@ class Spy:
 def test_a_step_reads_the_buffer_itself(
     static: bool, padded: bool, filled: int, kernels: Any, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, at and after the wrap, the kernels get the buffers of all layers, and empty slots are not read."""
+    """The kernels get the buffers of all layers before, at and after the wrap, and do not read empty slots."""
     ours, _ = pair(sliding_window=8)
     cache = RollingCache(ours.config, max_cache_len=64 if static else None)
     ids = torch.randint(1, 99, (3, filled + 1))
@@ -253,7 +253,7 @@ def test_a_step_reads_the_buffer_itself(
 
 
 def shapes_only(*, torch_like: bool) -> Any:
-    """Kernels that compute nothing, for tensors without data."""
+    """Kernels that return tensors of the right shapes without computing them."""
 
     def with_cache(
         q: Tensor, k: Tensor, v: Tensor, *, cache_leftpad: Any = None, return_softmax_lse: bool = False, **options: Any
@@ -278,9 +278,9 @@ def shapes_only(*, torch_like: bool) -> Any:
 def test_no_step_waits_for_an_accelerator(
     implementation: str, torch_like: bool, filled: int, exact: None, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the meta device, where reading a value fails."""
+    """On the meta device, where reading a value raises."""
     use(shapes_only(torch_like=torch_like), monkeypatch)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # raises for the meta device
     model = make_model("ForCausalLM", implementation, head_dim=16).to("meta")
     cache = RollingCache(model.config)
     for layer in range(2):
@@ -294,7 +294,7 @@ def test_no_step_waits_for_an_accelerator(
 
 
 def test_flat_ranges_are_computed_once_for_all_layers(kernels: Any) -> None:
-    """What the layers of a step need is computed with the first of them."""
+    """The first layer of a step computes them, and the others reuse them."""
     hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
     with torch.no_grad():
         plan = make_mask(NAME, hidden, layout_of(KeyLayout(9, 2, 8, 8), torch.ones(2, 10, dtype=torch.bool)), 8)
@@ -310,7 +310,7 @@ def test_flat_ranges_are_computed_once_for_all_layers(kernels: Any) -> None:
         (9, 8, 8, 0, [8, None]),  # wrapped: all slots
         (4, 8, 8, 2, [2, 3, 4]),
         (7, 8, 8, 3, [3, 4, 5, 6, 7]),
-        (9, 8, 8, 3, [0, 1, 3, 4, 5, 6, 7]),  # position 2, in slot 2, is padding still
+        (9, 8, 8, 3, [0, 1, 3, 4, 5, 6, 7]),  # position 2, in slot 2, is still padding
         (10, 8, 8, 3, [0, 1, 2, 3, 4, 5, 6, 7]),
         (20, 8, 8, 19, [3, 4]),  # more padding than slots
         (9, 8, 3, 0, [0, 1, 7]),  # more slots than the window
@@ -334,7 +334,7 @@ def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
 
 @pytest.mark.parametrize("layout", ["buffer", "part of one", "tokens first", "one token", "repeated rows"])
 def test_keys_in_any_memory_layout_are_read_correctly(layout: str, kernels: Any, exact: None) -> None:
-    """A view of what lies like a buffer, a copy of what does not."""
+    """Keys laid out as a buffer are read as a view, others as a copy."""
     buffers = [torch.randn(3, 2, 8, 16) for _ in "kv"]
     if layout == "part of one":
         buffers = [buffer[:, :, :5] for buffer in buffers]
@@ -357,7 +357,7 @@ def test_keys_in_any_memory_layout_are_read_correctly(layout: str, kernels: Any,
 
 
 def test_merged_ranges_match_the_whole() -> None:
-    """Two ranges attended to on their own are the whole; empty ones have no part in it."""
+    """Attention to two ranges merges to that of the whole; empty ranges do not count."""
     q, k, v = torch.randn(1, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
     whole, _ = standin.attend(q, k, v, 0.3, (-1, -1), False)
     for cut in (0, 4, 9):
@@ -384,7 +384,7 @@ def flash_checkpoint(make_model: Any, tmp_path: Any) -> Any:
 
 
 def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_checkpoint: Any) -> None:
-    """By name, by setting it later, and for a model around ours; nothing of the library's takes its place."""
+    """The name reaches the inner model, and the library's kernels do not replace ours."""
     model = load(flash_checkpoint, dtype="bfloat16")
     assert model.config._attn_implementation == model.model.config._attn_implementation == NAME
     with torch.no_grad():
@@ -428,7 +428,7 @@ def test_right_padding_is_refused_with_a_cache(kernels: Any, pair: Any) -> None:
     ids, mask = torch.randint(1, 99, (3, 12)), padding("right", 12)
     with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values  # right, but not to be continued
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values  # allowed, but not to be continued
     with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'), torch.no_grad():
         model(ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
 
@@ -461,18 +461,23 @@ def test_dropout_reaches_the_kernels_or_is_refused(
         with pytest.raises(ValueError, match=r"no dropout: set attention_dropout=0 \(it is 0.25\), or install"):
             model(ids)
         return
-    seen = []
+    probabilities = []
     varlen = kernels.varlen
-    monkeypatch.setattr(kernels, "varlen", lambda *a, dropout_p, **o: (seen.append(dropout_p), varlen(*a, **o))[1])
+
+    def record(*arguments: Any, dropout_p: float, **options: Any) -> Any:
+        probabilities.append(dropout_p)
+        return varlen(*arguments, **options)
+
+    monkeypatch.setattr(kernels, "varlen", record)
     model(ids)
     model.eval()(ids)
-    assert seen == [0.25, 0.25, 0.0, 0.0]
+    assert probabilities == [0.25, 0.25, 0.0, 0.0]
 
 
 def test_the_oldest_package_decodes_without_padding_only(
     exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without padding it decodes; the padding of cached keys it cannot leave out, and says so."""
+    """It cannot skip the padding of cached keys, which is refused."""
     use(OLD_PACKAGE, monkeypatch)
     ours, eager = pair()
     ids = torch.randint(1, 99, (3, 11))
@@ -573,7 +578,7 @@ def compiled_varlen(
     enable_gqa: bool = False,
     seqused_k: Tensor,
 ) -> Any:
-    """The stand-in as an operator, as PyTorch's function is one."""
+    """The stand-in as an operator, like PyTorch's function."""
     output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
     return (output, logsumexp) if return_aux is not None else output
 
@@ -591,7 +596,7 @@ def fresh_dynamo() -> Iterator[None]:
 def test_a_static_step_compiles_to_one_graph(
     source: str, padded: bool, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without breaks, and the same before, at and after the wrap, in two sequences of different length."""
+    """It has no breaks, and the same logits before, at and after the wrap, in two sequences of different lengths."""
     step_kernels: Any = KERNELS[source]
     if source == "torch":
         module = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=standin.AuxRequest)
@@ -610,15 +615,15 @@ def test_a_static_step_compiles_to_one_graph(
             use(KERNELS[source], monkeypatch)  # the prompt's attention is not compiled
             ours(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
             use(step_kernels, monkeypatch)
-            for place in range(prompt, 20):
+            for index in range(prompt, 20):
                 plan = ours.create_masks_for_generate(
-                    ours.config, torch.empty(3, 1, 0), mask[:, : place + 1] if padded else None, cache
+                    ours.config, torch.empty(3, 1, 0), mask[:, : index + 1] if padded else None, cache
                 )
-                positions = mask[:, : place + 1].sum(dim=-1, keepdim=True) - 1
+                positions = mask[:, : index + 1].sum(dim=-1, keepdim=True) - 1
                 logits = step(
-                    ids[:, place : place + 1], attention_mask=plan, position_ids=positions, past_key_values=cache
+                    ids[:, index : index + 1], attention_mask=plan, position_ids=positions, past_key_values=cache
                 ).logits
-                assert_same(logits, expected[:, place : place + 1])
+                assert_same(logits, expected[:, index : index + 1])
     assert counter.frame_count == 1
 
 
@@ -644,7 +649,7 @@ INT = torch.int32
         ({"cu_seqlens_q": torch.tensor([0, 3], dtype=INT)}, "do not end"),
         ({"cu_seqlens_k": torch.tensor([0, 3], dtype=INT)}, "do not cover"),
         ({"max_seqlen_q": 3}, "too many queries"),
-        ({"max_seqlen_k": torch.tensor(4)}, "no int"),
+        ({"max_seqlen_k": torch.tensor(4)}, "not an int"),
         ({"window_size": (-2, 0)}, "window"),
         ({"window_size": (3, 5)}, "no right side"),
     ],
@@ -659,7 +664,7 @@ def test_the_stand_in_refuses_what_the_kernels_refuse(change: dict[str, Any], me
 
 
 def test_the_stand_in_matches_pytorch() -> None:
-    """Against PyTorch's own function, and a window counts as documented."""
+    """Attention and windows match PyTorch's `scaled_dot_product_attention`."""
     q, k, v = states(5, 4, 16), states(7, 2, 16), states(7, 2, 16)
     bounds = [torch.tensor([0, count], dtype=INT) for count in (5, 7)]
     for window in ((-1, -1), (2, 0)):

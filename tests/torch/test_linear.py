@@ -1,4 +1,4 @@
-"""Linear layers: the values and gradients of their own call, when that call is made, and long prompts in pieces."""
+"""Linear layers: values and gradients, which layers are called as modules, and long prompts in pieces."""
 
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +80,7 @@ def test_one_row_uses_bmm_and_several_rows_use_onednn() -> None:
 
 
 class Wrapped(nn.Linear):
-    """As adapters and quantized layers are made."""
+    """A subclass, as adapters and quantized layers are."""
 
 
 def hooked(kind: str) -> nn.Linear:
@@ -95,7 +95,7 @@ def overridden() -> nn.Linear:
     return layer
 
 
-SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
+CALLED_AS_MODULES: dict[str, Callable[[], nn.Linear]] = {
     "bias": lambda: nn.Linear(48, 36),
     "subclass": lambda: Wrapped(48, 36, bias=False),
     "bfloat16": lambda: layer_of().bfloat16(),
@@ -104,29 +104,29 @@ SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
     "forward pre-hook": lambda: hooked("forward_pre"),
     "backward hook": lambda: hooked("full_backward"),
     "backward pre-hook": lambda: hooked("full_backward_pre"),
-    "forward of its own": overridden,
+    "custom forward": overridden,
 }
 
 
-@pytest.mark.parametrize("kind", SIMPLY_CALLED)
+@pytest.mark.parametrize("kind", CALLED_AS_MODULES)
 def test_layers_that_are_not_plain_are_called_as_modules(kind: str) -> None:
-    layer = SIMPLY_CALLED[kind]()
+    layer = CALLED_AS_MODULES[kind]()
     states = torch.randn(2, 3, 48, dtype=layer.weight.dtype)
     with torch.no_grad():
         assert torch.equal(linear(layer, states), layer(states))
-        if kind != "bfloat16":  # whose own product is oneDNN's
+        if kind != "bfloat16":  # its plain product is also oneDNN's
             assert "mkldnn::_linear_pointwise" not in operators_of(lambda: linear(layer, states))
 
 
 def test_a_global_hook_sees_every_layer() -> None:
-    seen: list[nn.Module] = []
+    called: list[nn.Module] = []
     layer = layer_of()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
     try:
         linear(layer, torch.randn(2, 3, 48))
     finally:
         handle.remove()
-    assert seen == [layer]
+    assert called == [layer]
 
 
 def test_autocast_decides_the_dtype() -> None:
@@ -195,7 +195,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lengths_seen_by_transforms(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the length of every input that a feed-forward layer transforms together."""
+    """A list that gets the length of every input that a feed-forward layer transforms together."""
     lengths: list[int] = []
     transform = MistralMLP._transform
 
@@ -241,7 +241,7 @@ def test_a_hook_inside_the_feed_forward_layer_sees_the_whole_prompt(
 
 
 def test_a_hook_keeps_the_activation_that_it_saw(make_model: Any, token_ids: Any) -> None:
-    """What follows does not write into it."""
+    """Later operations do not write into it."""
     mlp, kept = make_model().model.layers[0].mlp, {}
     for name in ("gate_proj", "act_fn"):
         mlp.get_submodule(name).register_forward_hook(lambda *call, name=name: kept.update({name: call[2]}))

@@ -1,4 +1,4 @@
-"""The language-model loss in chunks is the ordinary one; and what a loss is where every label is ignored."""
+"""The language-model loss in chunks equals the ordinary loss, and a loss whose labels are all ignored is zero."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ CHUNKS = (1, 4, 2 * LENGTH, 1000)
 
 @pytest.fixture
 def batch(token_ids: Any) -> dict[str, Tensor]:
-    """Two rows, the beginning of one and the end of the other ignored."""
+    """Two rows; the loss ignores the beginning of one and the end of the other."""
     ids = token_ids(2, LENGTH)
     labels = ids.clone()
     labels[0, :3] = labels[1, -4:] = -100
@@ -46,11 +46,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **toleran
 
 
 class Hooked(nn.Linear):
-    """A linear layer that a wrapper has replaced."""
+    """A subclass that a wrapper puts in place of a linear layer."""
 
 
 def hook(model: Any) -> None:
-    """Scale the logits by a parameter, which is to be trained too."""
+    """Scale the logits by a parameter that is trained as well."""
     model.scale = nn.Parameter(torch.tensor(2.0))
     model.lm_head.register_forward_hook(lambda module, inputs, output: model.scale.to(output.dtype) * output)
 
@@ -134,7 +134,7 @@ def test_label_smoothing_matches_the_trainer(count: Any, head: str, make_model: 
 
 
 def test_training_without_labels_holds_all_logits_and_warns(make_model: Any, batch: Any) -> None:
-    """As Trainer's label_smoothing_factor does, which computes its loss from the logits."""
+    """Trainer's `label_smoothing_factor` does this: it computes its loss from the logits."""
     model = make_model(loss_chunk_size=4).train()
     with pytest.warns(UserWarning, match=r"loss_chunk_size=4 has no effect.*label_smoothing_factor.*label_smoothing"):
         assert model(batch["input_ids"]).logits is not None
@@ -151,7 +151,7 @@ def test_an_adapter_on_the_head_trains_in_chunks(make_model: Any, batch: Any) ->
 
 
 def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Not much farther from the float32 loss and gradients than the ordinary loss in half precision is."""
+    """They are at most 1.5 times as far from the float32 values as the ordinary loss in half precision."""
     for name, value in exact.items():
         assert found[name].dtype == ordinary[name].dtype
         error = (ordinary[name].float() - value).norm()
@@ -204,7 +204,7 @@ def test_chunks_without_gradients_give_the_same_loss(make_model: Any, batch: Any
 
 
 class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest number of elements that any operation gives back."""
+    """The largest number of elements in a result of any operation."""
 
     largest = 0
 
@@ -247,8 +247,8 @@ def test_loss_options_are_saved_only_if_they_are_set(make_model: Any, tmp_path: 
     model.save_pretrained(tmp_path / "plain")
     assert "loss_chunk_size" not in (tmp_path / "plain/config.json").read_text()
     assert "label_smoothing" not in (tmp_path / "plain/config.json").read_text()
-    asked = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", loss_chunk_size=4, label_smoothing=0.1)
-    asked.save_pretrained(tmp_path / "set")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", loss_chunk_size=4, label_smoothing=0.1)
+    loaded.save_pretrained(tmp_path / "set")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "set").config
     assert (again.loss_chunk_size, again.label_smoothing) == (4, 0.1)
     stock = StockMistral.from_pretrained(tmp_path / "set")
@@ -308,7 +308,7 @@ IGNORED: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]]] = {
 def test_a_batch_of_ignored_labels_has_zero_loss_and_gradients_and_warns(
     problem: str, keywords: dict[str, Any], make_model: Any, token_ids: Any
 ) -> None:
-    """Zero, with a warning, and zero gradients for every parameter that a label would train."""
+    """Every parameter that a label would train gets a zero gradient."""
     name, labels = IGNORED.get(problem, IGNORED["causal"])
     model = make_model(name, num_labels=4).train()
     if problem.startswith("chunks"):

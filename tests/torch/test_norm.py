@@ -1,4 +1,4 @@
-"""The norm: PyTorch's values by fewer operators on a CPU, and PyTorch's own operator everywhere else."""
+"""The norm: PyTorch's values with fewer operators on a CPU, and PyTorch's operator everywhere else."""
 
 from typing import Any
 
