@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 VOCABULARY = 99
+SEQUENCE_LENGTHS = (7, 12, 3)
 TEXT = "the quick brown fox jumps over the lazy dog . in the beginning was the word , and the word was good ."
 
 
@@ -138,6 +139,13 @@ def padded(token_ids: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]
 
 
 @pytest.fixture
+def sequences(token_ids: Callable[..., Tensor]) -> list[dict[str, list[int]]]:
+    """Three texts of different lengths; the first token of each is not a label."""
+    rows = [token_ids(1, length, seed=length)[0].tolist() for length in SEQUENCE_LENGTHS]
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
+
+
+@pytest.fixture
 def checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> Path:
     """A folder with a tiny `MistralForCausalLM`."""
     make_model().save_pretrained(tmp_path / "checkpoint")
@@ -161,6 +169,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
     )
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled before the test, and nothing stays compiled after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -19,61 +19,6 @@ def test_both_or_neither_of_ids_and_embeddings_are_refused(head: str, make_model
         model()
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("wrong", [-1, VOCABULARY, 10**6])
-def test_ids_outside_the_vocabulary_are_refused(wrong: int, head: str, make_model: Any, token_ids: Any) -> None:
-    ids = token_ids(2, 5)
-    ids[1, 3] = wrong
-    with pytest.raises(ValueError, match=rf"input_ids\[1, 3\] = {wrong}, .*\[0, {VOCABULARY}\).*tokenizer"):
-        make_model(head)(ids, attention_mask=torch.ones_like(ids))
-
-
-def test_a_refused_id_leaves_the_cache_unchanged(make_model: Any, token_ids: Any) -> None:
-    model, ids = make_model(), token_ids(1, 5)
-    cache = model(ids).past_key_values
-    with pytest.raises(ValueError, match="input_ids"):
-        model(torch.tensor([[VOCABULARY]]), past_key_values=cache)
-    assert cache.get_seq_length() == 5
-
-
-def test_generate_refuses_ids_outside_the_vocabulary(make_model: Any) -> None:
-    with pytest.raises(ValueError, match=r"input_ids\[0, 1\] = 99"):
-        make_model().generate(torch.tensor([[5, VOCABULARY]]), max_new_tokens=2)
-
-
-@pytest.mark.parametrize("covered", [3, 6])
-def test_an_attention_mask_of_another_length_is_refused(covered: int, make_model: Any, token_ids: Any) -> None:
-    with pytest.raises(ValueError, match=rf"attention_mask covers {covered} tokens.* 0 cached and 5 new .* 5 columns"):
-        make_model()(token_ids(2, 5), attention_mask=torch.ones(2, covered))
-
-
-def test_an_attention_mask_without_the_cached_tokens_is_refused(make_model: Any, token_ids: Any) -> None:
-    model = make_model()
-    cache = model(token_ids(2, 5)).past_key_values
-    with pytest.raises(ValueError, match=r"covers 1 tokens.* 5 cached and 1 new .* 6 columns"):
-        model(token_ids(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
-    assert cache.get_seq_length() == 5
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 5, 5), (2, 1, 1, 5, 5)])
-def test_an_attention_mask_of_other_dimensions_than_two_or_four_is_refused(
-    shape: tuple[int, ...], make_model: Any, token_ids: Any
-) -> None:
-    with pytest.raises(ValueError, match=r"attention_mask has shape .*\[2, tokens\], or have 4 dimensions"):
-        make_model()(token_ids(2, 5), attention_mask=torch.ones(shape))
-
-
-@pytest.mark.parametrize(("batch", "rows"), [(2, 3), (1, 2)])
-@pytest.mark.parametrize("padding", [True, False])
-def test_an_attention_mask_of_another_batch_is_refused(
-    batch: int, rows: int, padding: bool, make_model: Any, token_ids: Any
-) -> None:
-    mask = torch.ones(rows, 5)
-    mask[:, 0] = 0 if padding else 1
-    with pytest.raises(ValueError, match=rf"attention_mask.*{rows}.*{batch}"):
-        make_model()(token_ids(batch, 5), attention_mask=mask)
-
-
 @pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 1, 4, 5), (2, 3, 5, 5)])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_custom_mask_of_a_wrong_shape_is_refused(
@@ -107,31 +52,11 @@ def test_a_cache_with_too_few_layers_is_refused(make_model: Any, token_ids: Any)
         model(token_ids(1, 5), past_key_values=RollingCache(other.config))
 
 
-@pytest.mark.parametrize("wrong", [-1, VOCABULARY, -101])
-def test_labels_outside_the_vocabulary_are_refused(wrong: int, make_model: Any, token_ids: Any) -> None:
-    labels = token_ids(2, 5)
-    labels[0, 2] = wrong
-    with pytest.raises(ValueError, match=rf"labels\[0, 2\] = {wrong}, .*\[0, {VOCABULARY}\).*-100"):
-        make_model()(token_ids(2, 5), labels=labels)
-
-
 @pytest.mark.parametrize("head", ["ForCausalLM", "ForTokenClassification"])
 def test_labels_of_another_length_are_refused(head: str, make_model: Any, token_ids: Any) -> None:
     labels = torch.zeros(2, 4, dtype=torch.long)
     with pytest.raises((ValueError, RuntimeError), match=r"labels|batch_size|shape|size"):
         make_model(head)(token_ids(2, 5), labels=labels)
-
-
-@pytest.mark.parametrize(("head", "shape"), [("ForSequenceClassification", (3,)), ("ForTokenClassification", (3, 5))])
-@pytest.mark.parametrize("wrong", [-1, 4, 17])
-def test_labels_outside_the_classes_are_refused(
-    wrong: int, head: str, shape: tuple[int, ...], make_model: Any, token_ids: Any
-) -> None:
-    labels = torch.zeros(shape, dtype=torch.long)
-    labels[1] = wrong
-    index = r"\[1\]" if len(shape) == 1 else r"\[1, 0\]"
-    with pytest.raises(ValueError, match=rf"labels{index} = {wrong}, but must lie in \[0, 4\)"):
-        make_model(head, num_labels=4)(token_ids(3, 5), labels=labels)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Compiled decoding with the static rolling buffer: the number of graphs, and that they compute the same."""
+"""Compiled and exported models compute the same, and decoding from the static rolling buffer needs one graph."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,13 +8,58 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from mistral_hf import RollingCache
+from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_language_model_matches_the_model(backend: str, make_model: Any, padded: Any) -> None:
+    model = make_model(num_hidden_layers=1)
+    inputs = padded(12, 5)
+    inputs |= labels_of("ForCausalLM", inputs)
+    expected = model(**inputs, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)(**inputs, use_cache=False)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(compiled.logits[real], expected.logits[real], **TIGHT)
+    torch.testing.assert_close(compiled.loss, expected.loss, **TIGHT)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_compiled_heads_match_the_model(head: str, make_model: Any, padded: Any) -> None:
+    inputs = padded(12, 5)
+    inputs |= labels_of(head, inputs)
+    model = make_model(head, num_hidden_layers=1)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")(**inputs, use_cache=False)
+    assert_same_outputs(compiled, model(**inputs, use_cache=False), real=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("length", [12, 600])
+def test_an_exported_program_matches_the_model(length: int, make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(num_hidden_layers=1), token_ids(2, length)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs).logits[:, 3:], model(**inputs).logits[:, 3:], **TIGHT)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
+    """The lengths lie below and above the window, and beyond a block of queries."""
+    model = make_model(num_hidden_layers=1)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2000)}
+
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        ids = token_ids(batch, length)
+        return {"input_ids": ids, "use_cache": False} | ({"attention_mask": torch.ones_like(ids)} if with_mask else {})
+
+    shapes = {name: None if name == "use_cache" else sizes for name in inputs(2, 12)}
+    exported = torch.export.export(model, (), inputs(2, 12), dynamic_shapes=shapes, strict=False).module()
+    for batch, length in ((3, 30), (2, 5), (1, 600)):
+        torch.testing.assert_close(
+            exported(**inputs(batch, length)).logits, model(**inputs(batch, length)).logits, **TIGHT
+        )
 
 
 def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_ids: Any) -> None:

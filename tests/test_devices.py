@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
+from tests.helpers.comparison import TIGHT
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ROOT = Path(__file__).parents[1]
 GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each of its calls
 CHUNKS = (None, 5) if GATHERS_EVERY_CALL else (None,)

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import Trainer, TrainingArguments
 
+from tests.helpers.comparison import TIGHT
+
 EXACT = {"rtol": 0, "atol": 1e-6}
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 CLASSES = 4
 
 

@@ -1,51 +1,19 @@
 """The five models against the reference and the oracle, and the contract of a Transformers model."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tests.conftest import HEADS, VOCABULARY
 from tests.helpers import reference
+from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 IMPLEMENTATIONS = ("eager", "sdpa")
-
-
-def outputs_of(output: Any) -> dict[str, Tensor]:
-    """The tensors that a head computes, by name."""
-    return {name: value for name, value in output.items() if isinstance(value, Tensor)}
-
-
-def assert_same_outputs(ours: Any, stock: Any, real: Tensor | None = None, **tolerance: float) -> None:
-    """All output tensors are close where tokens are real; the logits of padding mean nothing."""
-    ours, stock = outputs_of(ours), outputs_of(stock)
-    assert ours.keys() == stock.keys()
-    for name, expected in stock.items():
-        per_token = real is not None and expected.shape[:2] == real.shape
-        where = real.bool() if per_token else ...
-        torch.testing.assert_close(ours[name][where], expected[where], **(tolerance or TIGHT))
-
-
-def labels_of(head: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Labels for a head; a row's first real token is not a label, since padding would have to predict it."""
-    ids = inputs["input_ids"]
-    if head == "ForCausalLM":
-        mask = inputs.get("attention_mask", torch.ones_like(ids))
-        return {"labels": ids.masked_fill(mask.cumsum(dim=1) * mask <= 1, -100)}
-    if head == "ForSequenceClassification":
-        return {"labels": torch.arange(len(ids)) % 2}
-    if head == "ForTokenClassification":
-        return {"labels": (ids % 2).masked_fill(ids == 0, -100)}
-    if head == "ForQuestionAnswering":
-        return {"start_positions": torch.full((len(ids),), 3), "end_positions": torch.full((len(ids),), 5)}
-    return {}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -264,34 +232,6 @@ def test_use_cache_decides_whether_a_cache_is_returned(make_model: Any, token_id
     assert model(token_ids(1, 4)).past_key_values is None
 
 
-def test_packed_sequences_do_not_see_each_other(make_model: Any, token_ids: Any) -> None:
-    model, ids = make_model(), token_ids(1, 19)
-    positions = torch.cat([torch.arange(7), torch.arange(12)])[None]
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    apart = torch.cat([model(ids[:, :7]).logits, model(ids[:, 7:]).logits], dim=1)
-    torch.testing.assert_close(packed, apart, **TIGHT)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
-@pytest.mark.parametrize("per_head", [False, True])
-def test_custom_masks_match_the_reference(
-    implementation: str, additive: bool, per_head: bool, make_pair: Any, token_ids: Any
-) -> None:
-    """A block-wise bidirectional mask, which our mask functions cannot make, shared by all heads or different."""
-    pair, ids = make_pair("ForCausalLM", implementation), token_ids(2, 12)
-    blocks = torch.arange(12) // 4
-    mask = (blocks[:, None] >= blocks).expand(2, 4 if per_head else 1, 12, 12).clone()
-    if per_head:
-        mask[:, 1] = mask[:, 1].tril()
-    usual = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-    ours = pair.ours(ids, attention_mask=usual if additive else mask, use_cache=False).logits
-    # The reference's eager attention only adds masks.
-    stock = pair.stock(ids, attention_mask=usual, use_cache=False).logits
-    torch.testing.assert_close(ours, stock, **TIGHT)
-    assert (ours - pair.ours(ids).logits).abs().max() > 0.1
-
-
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_does_not_change_loss_and_gradients(
     use_reentrant: bool, make_model: Any, padded: Any
@@ -333,14 +273,6 @@ def test_gradient_checkpointing_saves_memory(make_model: Any, token_ids: Any) ->
     assert saved_bytes(model) < plain / 2
 
 
-def test_attention_dropout_acts_in_training_only(make_model: Any, token_ids: Any) -> None:
-    for implementation in IMPLEMENTATIONS:
-        model, ids = make_model(implementation=implementation, attention_dropout=0.5), token_ids(1, 9)
-        assert torch.equal(model(ids).logits, model(ids).logits)
-        model.train()
-        assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_tied_weights_are_one_tensor_and_match_the_reference(
     tied: bool, make_model: Any, make_pair: Any, token_ids: Any
@@ -378,131 +310,6 @@ def test_fewer_layers_than_built_match_the_reference(make_pair: Any, token_ids: 
 
 def test_a_model_without_layers_matches_the_reference(make_pair: Any, token_ids: Any) -> None:
     assert_same_outputs(*make_pair(num_hidden_layers=0)(input_ids=token_ids(2, 5), use_cache=False))
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_a_compiled_language_model_matches_the_model(backend: str, make_model: Any, padded: Any) -> None:
-    model = make_model(num_hidden_layers=1)
-    inputs = padded(12, 5)
-    inputs |= labels_of("ForCausalLM", inputs)
-    expected = model(**inputs, use_cache=False)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)(**inputs, use_cache=False)
-    real = inputs["attention_mask"].bool()
-    torch.testing.assert_close(compiled.logits[real], expected.logits[real], **TIGHT)
-    torch.testing.assert_close(compiled.loss, expected.loss, **TIGHT)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
-def test_compiled_heads_match_the_model(head: str, make_model: Any, padded: Any) -> None:
-    inputs = padded(12, 5)
-    inputs |= labels_of(head, inputs)
-    model = make_model(head, num_hidden_layers=1)
-    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")(**inputs, use_cache=False)
-    assert_same_outputs(compiled, model(**inputs, use_cache=False), real=inputs["attention_mask"])
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("length", [12, 600])
-def test_an_exported_program_matches_the_model(length: int, make_model: Any, token_ids: Any) -> None:
-    model, ids = make_model(num_hidden_layers=1), token_ids(2, length)
-    mask = torch.ones_like(ids)
-    mask[0, :3] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    exported = torch.export.export(model, (), inputs, strict=False).module()
-    torch.testing.assert_close(exported(**inputs).logits[:, 3:], model(**inputs).logits[:, 3:], **TIGHT)
-
-
-@pytest.mark.parametrize("with_mask", [False, True])
-def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
-    """The lengths lie below and above the window, and beyond a block of queries."""
-    model = make_model(num_hidden_layers=1)
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2000)}
-
-    def inputs(batch: int, length: int) -> dict[str, Any]:
-        ids = token_ids(batch, length)
-        return {"input_ids": ids, "use_cache": False} | ({"attention_mask": torch.ones_like(ids)} if with_mask else {})
-
-    shapes = {name: None if name == "use_cache" else sizes for name in inputs(2, 12)}
-    exported = torch.export.export(model, (), inputs(2, 12), dynamic_shapes=shapes, strict=False).module()
-    for batch, length in ((3, 30), (2, 5), (1, 600)):
-        torch.testing.assert_close(
-            exported(**inputs(batch, length)).logits, model(**inputs(batch, length)).logits, **TIGHT
-        )
-
-
-@pytest.fixture
-def spy() -> Iterator[list[Any]]:
-    """The masks given to a custom attention function that is registered as ``"spy"``."""
-    masks: list[Any] = []
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        masks.append(attention_mask)
-        output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attention_mask, scale=scaling, enable_gqa=True, is_causal=attention_mask is None
-        )
-        return output.transpose(1, 2), None
-
-    AttentionInterface.register("spy", attention)
-    yield masks
-    AttentionInterface._global_mapping.pop("spy")
-    AttentionMaskInterface._global_mapping.pop("spy", None)
-
-
-@pytest.mark.parametrize("with_mask", [True, False])
-def test_a_custom_attention_gets_the_mask_that_is_registered_for_it(
-    with_mask: bool, spy: list[Any], make_model: Any, padded: Any
-) -> None:
-    if with_mask:
-        AttentionMaskInterface.register("spy", sdpa_mask)
-    model = make_model(sliding_window=8 if with_mask else None)
-    inputs = padded(19, 13) if with_mask else {"input_ids": padded(19)["input_ids"]}
-    expected = model(**inputs).logits
-    model.set_attn_implementation("spy")
-    real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-    torch.testing.assert_close(model(**inputs).logits[real], expected[real], **TIGHT)
-    assert len(spy) == 2
-    assert all((mask is not None) == with_mask for mask in spy)
-
-
-def test_a_custom_attention_generates_the_same_text_from_a_cache(spy: list[Any], make_model: Any, padded: Any) -> None:
-    AttentionMaskInterface.register("spy", sdpa_mask)
-    model = make_model()
-    inputs = padded(11, 5)
-    expected = model.generate(**inputs, max_new_tokens=20, do_sample=False)
-    model.set_attn_implementation("spy")
-    assert torch.equal(model.generate(**inputs, max_new_tokens=20, do_sample=False), expected)
-    assert len(spy) == 2 * 20
-
-
-def test_the_attention_implementation_can_be_switched(make_pair: Any, padded: Any) -> None:
-    pair, inputs = make_pair("ForCausalLM", "eager"), padded(12, 5)
-    for implementation in ("sdpa", "eager", "sdpa"):
-        for model in pair:
-            model.set_attn_implementation(implementation)
-            assert model.config._attn_implementation == implementation
-            assert model.model.config._attn_implementation == implementation
-        assert_same_outputs(*pair(**inputs), real=inputs["attention_mask"])
-
-
-def test_an_unknown_implementation_is_refused(make_model: Any) -> None:
-    with pytest.raises(ValueError, match="psychic"):
-        make_model(implementation="psychic")
-    with pytest.raises(ValueError, match="psychic"):
-        make_model().set_attn_implementation("psychic")
-
-
-def test_flex_attention_matches_sdpa(make_model: Any, padded: Any) -> None:
-    model = make_model(head_dim=16, num_hidden_layers=1)
-    inputs = padded(40, 25)
-    real = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        model.set_attn_implementation("flex_attention")
-        torch.testing.assert_close(model(**inputs, use_cache=False).logits[real], expected[real], **TIGHT)
-        torch.testing.assert_close(model(**inputs).logits[real], expected[real], **TIGHT)
 
 
 def test_a_copy_in_another_dtype_and_back_has_the_same_logits(make_model: Any, token_ids: Any) -> None:

@@ -1,11 +1,10 @@
-"""FlashAttention-2 through stand-ins for its kernels, against eager attention; what is refused; whose the kernels are.
+"""FlashAttention-2 through stand-in kernels matches eager attention, and refuses inputs that it cannot handle.
 
-Structure is compared in float32, which the stand-ins take only here, so that differences are those of the masks.
+Masks are compared in float32, which the stand-ins accept only with the fixture `exact`: differences then come from the
+masks, not from rounding.
 """
 
 import copy
-import importlib.metadata
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,38 +14,15 @@ from torch import Tensor, library
 from torch._dynamo.testing import CompileCounter
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from mistral_hf import MistralConfig, MistralForCausalLM, RollingCache, cli
-from mistral_hf.torch import flash_kernels
+from mistral_hf import MistralForCausalLM, RollingCache
 from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
-from mistral_hf.torch.flash_kernels import KeyRangePlan, PackageKernels, TorchKernels, VarlenPlan
+from mistral_hf.torch.flash_kernels import PackageKernels, TorchKernels, VarlenPlan
 from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
+from tests.helpers.flash_attention import KERNELS, NAME, OLD_PACKAGE, use
 from tests.helpers.layouts import layout_of
 
-NAME = "flash_attention_2"
-KERNELS = {
-    "package": PackageKernels(standin.PACKAGE, "2.8.3", "cpu"),
-    "torch": TorchKernels(standin.VARLEN, "cpu"),
-    "torch 2.11": TorchKernels(standin.VARLEN_2_11, "cpu"),
-}
-OLD_PACKAGE = PackageKernels(standin.PACKAGE_2_3, "2.3.0", "cpu")
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8, 100])
-
-
-def use(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "_kernels", kernels)
-
-
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    use(KERNELS[request.param], monkeypatch)
-    return KERNELS[request.param]
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "DTYPES", (*flash_kernels.DTYPES, torch.float32))
-    monkeypatch.setattr(standin, "DTYPES", [*standin.DTYPES, torch.float32])
 
 
 @pytest.fixture
@@ -70,6 +46,7 @@ def padding(side: str, length: int) -> Tensor:
 
 
 def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
+    """Logits ``[B, S, V]`` are close, where the tokens ``[B, S]`` are real."""
     if real is not None:
         found, expected = found * real[..., None], expected * real[..., None]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
@@ -293,16 +270,6 @@ def test_no_step_waits_for_an_accelerator(
             bool(mask.any())
 
 
-def test_flat_ranges_are_computed_once_for_all_layers(kernels: Any) -> None:
-    """The first layer of a step computes them, and the others reuse them."""
-    hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
-    with torch.no_grad():
-        plan = make_mask(NAME, hidden, layout_of(KeyLayout(9, 2, 8, 8), torch.ones(2, 10, dtype=torch.bool)), 8)
-    assert isinstance(plan, KeyRangePlan)
-    assert plan.flat_ranges(2, 8) is plan.flat_ranges(2, 8)
-    assert plan.contiguous() is plan
-
-
 @pytest.mark.parametrize(
     ("query", "slots", "window", "padded", "expected"),
     [
@@ -332,55 +299,16 @@ def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
     assert [slot for start, length in pairs for slot in range(start, start + length)] == expected
 
 
-@pytest.mark.parametrize("layout", ["buffer", "part of one", "tokens first", "one token", "repeated rows"])
-def test_keys_in_any_memory_layout_are_read_correctly(layout: str, kernels: Any, exact: None) -> None:
-    """Keys laid out as a buffer are read as a view, others as a copy."""
-    buffers = [torch.randn(3, 2, 8, 16) for _ in "kv"]
-    if layout == "part of one":
-        buffers = [buffer[:, :, :5] for buffer in buffers]
-    elif layout == "tokens first":
-        buffers = [buffer.transpose(1, 2).contiguous().transpose(1, 2) for buffer in buffers]
-    elif layout == "one token":
-        buffers = [torch.randn(3, 1, 2, 16).transpose(1, 2) for _ in "kv"]
-    elif layout == "repeated rows":
-        buffers = [buffer[:1].expand(3, -1, -1, -1) for buffer in buffers]
-    query, total = torch.randn(3, 4, 16), buffers[0].shape[2]
-    lengths = torch.tensor([[total], [1], [0]], dtype=torch.int32)
-    plan = KeyRangePlan(torch.zeros_like(lengths), lengths, {})
-    found = kernels.ranges(query, *buffers, plan, 0.25)
-    for row, count in enumerate(lengths.flatten().tolist()):
-        k, v = (buffer[row, :, :count].transpose(0, 1) for buffer in buffers)
-        expected, _ = standin.attend(query[row][None], k, v, 0.25, (-1, -1), False)
-        torch.testing.assert_close(found[row], expected[0])
-    _, slots = flash_kernels._as_rows(buffers[0])
-    assert slots == (8 if layout in ("buffer", "part of one") else total)
+def test_several_queries_get_a_varlen_plan(kernels: Any) -> None:
+    layout = KeyLayout(0, 0, 4)
+    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)
 
 
-def test_merged_ranges_match_the_whole() -> None:
-    """Attention to two ranges merges to that of the whole; empty ranges do not count."""
-    q, k, v = torch.randn(1, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    whole, _ = standin.attend(q, k, v, 0.3, (-1, -1), False)
-    for cut in (0, 4, 9):
-        parts = [standin.attend(q, k[span], v[span], 0.3, (-1, -1), False) for span in (slice(cut), slice(cut, None))]
-        outputs = torch.stack([output for output, _ in parts], dim=1)
-        logsumexp = torch.stack([logsumexp[:, 0] for _, logsumexp in parts])[None]
-        merged = flash_kernels.merge(outputs, logsumexp, torch.tensor([[cut, 9 - cut]]))
-        torch.testing.assert_close(merged, whole)
-    empty = flash_kernels.merge(outputs, logsumexp, torch.zeros(1, 2))
-    assert torch.equal(empty, torch.zeros_like(empty))
-
-
-# What is refused.
+# Choosing this implementation, and what it refuses.
 
 
 def load(folder: Any, **options: Any) -> Any:
     return MistralForCausalLM.from_pretrained(folder, attn_implementation=NAME, **options)
-
-
-@pytest.fixture
-def flash_checkpoint(make_model: Any, tmp_path: Any) -> Any:
-    make_model("ForCausalLM", "sdpa", head_dim=16).save_pretrained(tmp_path)
-    return tmp_path
 
 
 def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_checkpoint: Any) -> None:
@@ -400,12 +328,6 @@ def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_
 def test_loading_in_float32_is_refused(kernels: Any, flash_checkpoint: Any) -> None:
     with pytest.raises(ValueError, match=r"not in torch\.float32: load the model with dtype='bfloat16'"):
         load(flash_checkpoint, dtype="float32")
-
-
-@pytest.mark.parametrize("head_dim", [12, 264])
-def test_head_dims_are_checked(head_dim: int, kernels: Any, make_model: Any) -> None:
-    with pytest.raises(ValueError, match=f"at most 256 elements, not head_dim={head_dim}"):
-        make_model("ForCausalLM", NAME, head_dim=head_dim)
 
 
 def test_later_versions_go_through_the_library(kernels: Any, flash_checkpoint: Any) -> None:
@@ -452,28 +374,6 @@ def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any)
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_dropout_reaches_the_kernels_or_is_refused(
-    kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model("ForCausalLM", NAME, head_dim=16, attention_dropout=0.25).bfloat16().train()
-    ids = torch.ones(1, 3, dtype=torch.long)
-    if isinstance(kernels, TorchKernels):
-        with pytest.raises(ValueError, match=r"no dropout: set attention_dropout=0 \(it is 0.25\), or install"):
-            model(ids)
-        return
-    probabilities = []
-    varlen = kernels.varlen
-
-    def record(*arguments: Any, dropout_p: float, **options: Any) -> Any:
-        probabilities.append(dropout_p)
-        return varlen(*arguments, **options)
-
-    monkeypatch.setattr(kernels, "varlen", record)
-    model(ids)
-    model.eval()(ids)
-    assert probabilities == [0.25, 0.25, 0.0, 0.0]
-
-
 def test_the_oldest_package_decodes_without_padding_only(
     exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,66 +386,6 @@ def test_the_oldest_package_decodes_without_padding_only(
         assert torch.equal(ours.generate(ids, cache_implementation=cache, **options), eager.generate(ids, **options))
     with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot skip the padding of cached keys"):
         ours.generate(ids, attention_mask=padding("left", 11), **options)
-
-
-# Where the kernels come from.
-
-
-def test_info_names_the_kernels(kernels: Any) -> None:
-    assert cli._backend_state(NAME) == f"usable: {kernels.name}"
-
-
-@pytest.fixture
-def nothing_found(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    use(None, monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    monkeypatch.setattr(flash_kernels, "version", not_installed)
-    return monkeypatch
-
-
-def not_installed(package: str) -> str:
-    raise importlib.metadata.PackageNotFoundError(package)
-
-
-def test_missing_kernels_are_refused_with_a_remedy(nothing_found: Any, flash_checkpoint: Any) -> None:
-    with pytest.raises(ImportError, match=r"install the package flash_attn, version 2\.3\.0 or later .* PyTorch 2\.11"):
-        load(flash_checkpoint, dtype="bfloat16")
-
-
-def test_the_package_comes_first(nothing_found: Any) -> None:
-    nothing_found.setattr(flash_kernels, "version", lambda package: "2.8.3")
-    nothing_found.setattr(flash_kernels.importlib, "import_module", lambda name: standin.PACKAGE)
-    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert flash_kernels.find_kernels().name == "flash_attn 2.8.3"
-    assert flash_kernels.find_kernels() is flash_kernels.find_kernels()
-
-
-def test_pytorch_comes_second(nothing_found: Any) -> None:
-    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    found = flash_kernels.find_kernels()
-    assert isinstance(found, TorchKernels)
-    assert found.name == f"torch.nn.attention.varlen of PyTorch {torch.__version__}"
-
-
-def test_a_package_older_than_2_3_is_refused(nothing_found: Any) -> None:
-    nothing_found.setattr(flash_kernels, "version", lambda package: "2.2.5")
-    with pytest.raises(ImportError, match=r"flash_attn 2\.2\.5 is older than 2\.3\.0"):
-        flash_kernels.find_kernels()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
-    with pytest.raises(ValueError, match="needs a CUDA device, and there is none: choose 'sdpa'"):
-        MistralForCausalLM(MistralConfig(attn_implementation=NAME, num_hidden_layers=0))
-
-
-def test_an_old_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(ValueError, match=r"8\.0 \(Ampere\) or later, not 7\.5"):
-        flash_kernels.check_model(torch.bfloat16, 128)
 
 
 # Compiled decoding.
@@ -583,13 +423,6 @@ def compiled_varlen(
     return (output, logsumexp) if return_aux is not None else output
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["package", "torch"])
@@ -625,57 +458,3 @@ def test_a_static_step_compiles_to_one_graph(
                 ).logits
                 assert_same(logits, expected[:, index : index + 1])
     assert counter.frame_count == 1
-
-
-# The stand-ins refuse what the kernels refuse.
-
-
-def states(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, dtype=dtype)
-
-
-INT = torch.int32
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"q": states(4, 4, 16, dtype=torch.float32)}, "fp16 and bf16"),
-        ({"k": states(4, 2, 16, dtype=torch.float16)}, "dtypes differ"),
-        ({"q": states(4, 16, 4).transpose(1, 2)}, "not contiguous"),
-        ({"q": states(4, 4, 12), "k": states(4, 2, 12), "v": states(4, 2, 12)}, "multiple of 8"),
-        ({"k": states(4, 3, 16), "v": states(4, 3, 16)}, "do not divide"),
-        ({"cu_seqlens_q": torch.tensor([0, 4])}, "not int32"),
-        ({"cu_seqlens_q": torch.tensor([0, 3], dtype=INT)}, "do not end"),
-        ({"cu_seqlens_k": torch.tensor([0, 3], dtype=INT)}, "do not cover"),
-        ({"max_seqlen_q": 3}, "too many queries"),
-        ({"max_seqlen_k": torch.tensor(4)}, "not an int"),
-        ({"window_size": (-2, 0)}, "window"),
-        ({"window_size": (3, 5)}, "no right side"),
-    ],
-)
-def test_the_stand_in_refuses_what_the_kernels_refuse(change: dict[str, Any], message: str) -> None:
-    bounds = torch.tensor([0, 4], dtype=INT)
-    arguments = {"q": states(4, 4, 16), "k": states(4, 2, 16), "v": states(4, 2, 16), "causal": True}
-    arguments |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 4, "max_seqlen_k": 4}
-    standin.flash_attn_varlen_func(**arguments)
-    with pytest.raises(AssertionError, match=message):
-        standin.flash_attn_varlen_func(**(arguments | change))
-
-
-def test_the_stand_in_matches_pytorch() -> None:
-    """Attention and windows match PyTorch's `scaled_dot_product_attention`."""
-    q, k, v = states(5, 4, 16), states(7, 2, 16), states(7, 2, 16)
-    bounds = [torch.tensor([0, count], dtype=INT) for count in (5, 7)]
-    for window in ((-1, -1), (2, 0)):
-        found = standin.flash_attn_varlen_func(q, k, v, *bounds, 5, 7, causal=True, window_size=window)
-        distance = torch.arange(5)[:, None] + 2 - torch.arange(7)
-        mask = (distance >= 0) & (distance <= (2 if window[0] == 2 else 99))
-        batch = (tensor.transpose(0, 1)[None].float() for tensor in (q, k, v))
-        expected = torch.nn.functional.scaled_dot_product_attention(*batch, attn_mask=mask, enable_gqa=True)
-        torch.testing.assert_close(found.float(), expected[0].transpose(0, 1), rtol=2e-2, atol=2e-2)
-
-
-def test_several_queries_get_a_varlen_plan(kernels: Any) -> None:
-    layout = KeyLayout(0, 0, 4)
-    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)

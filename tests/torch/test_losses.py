@@ -15,8 +15,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from mistral_hf import MistralConfig
 from tests.conftest import VOCABULARY
+from tests.helpers.comparison import TIGHT, assert_same_tensors, loss_and_gradients
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 LENGTH = 11
 CHUNKS = (1, 4, 2 * LENGTH, 1000)
 
@@ -28,21 +28,6 @@ def batch(token_ids: Any) -> dict[str, Tensor]:
     labels = ids.clone()
     labels[0, :3] = labels[1, -4:] = -100
     return {"input_ids": ids, "labels": labels}
-
-
-def loss_and_gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, **(tolerance or TIGHT), msg=lambda message, name=name: f"{name}: {message}"
-        )
 
 
 class Hooked(nn.Linear):
@@ -73,18 +58,18 @@ HEADS: dict[str, Callable[[Any], None]] = {
 def test_chunks_give_the_ordinary_loss_and_gradients(head: str, chunk: int, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     assert max(gradient.abs().max() for name, gradient in expected.items() if name != "loss") > 1e-3
-    assert_same(loss_and_gradients(model, **batch, loss_chunk_size=chunk), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, loss_chunk_size=chunk), expected)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_and_gradients_match_the_reference(tied: bool, chunk: int | None, make_pair: Any, batch: Any) -> None:
     ours, stock = make_pair(tie_word_embeddings=tied, loss_chunk_size=chunk)
-    expected = loss_and_gradients(stock, **batch)
+    expected = loss_and_gradients(stock, batch)
     assert ("lm_head.weight" in expected) != tied
-    assert_same(loss_and_gradients(ours, **batch), expected)
+    assert_same_tensors(loss_and_gradients(ours, batch), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
@@ -92,10 +77,10 @@ def test_loss_and_gradients_match_the_reference(tied: bool, chunk: int | None, m
 def test_the_loss_is_divided_by_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    expected = loss_and_gradients(model, **batch, num_items_in_batch=count)
+    expected = loss_and_gradients(model, batch, num_items_in_batch=count)
     labels = batch["labels"][:, 1:].ne(-100).sum()
-    torch.testing.assert_close(expected["loss"], loss_and_gradients(model, **batch)["loss"] * labels / count, **TIGHT)
-    assert_same(loss_and_gradients(model, **batch, num_items_in_batch=count, loss_chunk_size=4), expected)
+    torch.testing.assert_close(expected["loss"], loss_and_gradients(model, batch)["loss"] * labels / count, **TIGHT)
+    assert_same_tensors(loss_and_gradients(model, batch, num_items_in_batch=count, loss_chunk_size=4), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
@@ -106,11 +91,11 @@ def test_shifted_labels_and_another_ignored_index_are_honoured(
     HEADS[head](model)
     batch["shift_labels"] = token_ids(2, LENGTH, seed=5)
     batch["shift_labels"][:, 2:5] = 0
-    expected = loss_and_gradients(model, **batch, ignore_index=0)
+    expected = loss_and_gradients(model, batch, ignore_index=0)
     logits = model(batch["input_ids"]).logits.flatten(0, 1)
     kept = batch["shift_labels"].flatten() != 0
     torch.testing.assert_close(expected["loss"], cross_entropy(logits[kept], batch["shift_labels"].flatten()[kept]))
-    assert_same(loss_and_gradients(model, **batch, ignore_index=0, loss_chunk_size=4), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, ignore_index=0, loss_chunk_size=4), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
@@ -123,12 +108,12 @@ def test_label_smoothing_matches_the_trainer(count: Any, head: str, make_model: 
     smoother(output, batch["labels"], shift_labels=True, num_items_in_batch=count).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     for keywords in ({}, {"loss_chunk_size": 4}):
-        found = loss_and_gradients(model, **batch, num_items_in_batch=count, label_smoothing=0.2, **keywords)
+        found = loss_and_gradients(model, batch, num_items_in_batch=count, label_smoothing=0.2, **keywords)
         loss = found.pop("loss")
         torch.testing.assert_close(
             loss, smoother(output, batch["labels"], shift_labels=True, num_items_in_batch=count).detach(), **TIGHT
         )
-        assert_same(found, expected)
+        assert_same_tensors(found, expected)
     model.config.label_smoothing = 0.2
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).loss.detach(), loss, **TIGHT)
 
@@ -145,9 +130,9 @@ def test_an_adapter_on_the_head_trains_in_chunks(make_model: Any, batch: Any) ->
     model = peft.get_peft_model(
         make_model(), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     )
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     assert any("lm_head.lora_A" in name for name in expected)
-    assert_same(loss_and_gradients(model, **batch, loss_chunk_size=4), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, loss_chunk_size=4), expected)
 
 
 def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
@@ -161,20 +146,20 @@ def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exa
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_chunks_in_bfloat16_are_as_precise_as_the_ordinary_loss(chunk: int, make_model: Any, batch: Any) -> None:
-    exact = loss_and_gradients(make_model(), **batch)
+    exact = loss_and_gradients(make_model(), batch)
     model = make_model().to(torch.bfloat16)
-    ordinary = loss_and_gradients(model, **batch)
-    assert_as_precise(loss_and_gradients(model, **batch, loss_chunk_size=chunk), ordinary, exact)
+    ordinary = loss_and_gradients(model, batch)
+    assert_as_precise(loss_and_gradients(model, batch, loss_chunk_size=chunk), ordinary, exact)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
 def test_chunks_under_autocast_are_as_precise_as_the_ordinary_loss(head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    exact = loss_and_gradients(model, **batch)
+    exact = loss_and_gradients(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        ordinary = loss_and_gradients(model, **batch)
-        found = loss_and_gradients(model, **batch, loss_chunk_size=4)
+        ordinary = loss_and_gradients(model, batch)
+        found = loss_and_gradients(model, batch, loss_chunk_size=4)
     assert found["lm_head.weight"].dtype == torch.float32
     assert_as_precise(found, ordinary, exact)
 
@@ -182,7 +167,7 @@ def test_chunks_under_autocast_are_as_precise_as_the_ordinary_loss(head: str, ma
 def test_a_retained_graph_gives_the_gradients_again(make_model: Any, batch: Any) -> None:
     """A retained graph gives the gradients again."""
     model = make_model()
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     model.zero_grad()
     loss = model(**batch, loss_chunk_size=4).loss
     loss.backward(retain_graph=True)
