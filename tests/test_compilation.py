@@ -94,7 +94,12 @@ def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkey
     for length in (5, 11):
         ids, mask = token_ids(2, length), torch.ones(2, length, dtype=torch.long)
         mask[0, :2] = 0
-        arguments = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+        arguments: dict[str, Any] = {
+            "attention_mask": mask,
+            "max_new_tokens": 30,
+            "do_sample": False,
+            "eos_token_id": None,
+        }
         expected = model.generate(ids, **arguments)
         compiled = model.generate(ids, cache_implementation="static", compile_config=config, **arguments)
         assert torch.equal(compiled, expected)

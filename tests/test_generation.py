@@ -14,12 +14,13 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 from mistral_hf import MistralForCausalLM, RollingCache
 from tests.helpers import reference
 
-FREE = {"do_sample": False, "eos_token_id": None}
+FREE: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
-def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: Any) -> Tensor:
+def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: Any) -> Any:
+    """Exactly `count` greedy tokens, unless `options` choose another strategy."""
     return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **{**FREE, **options})
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from tests.helpers.comparison import TIGHT
 
-EXACT = {"rtol": 0, "atol": 1e-6}
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-6}
 CLASSES = 4
 
 
@@ -78,7 +78,7 @@ def test_a_custom_mask_pools_by_the_padding_id(classifier: Any, padded: Any) -> 
 
 
 BATCH = 6
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "causal": ("ForCausalLM", {}),
     "tokens": ("ForTokenClassification", {"num_labels": CLASSES, "classifier_dropout": 0.0}),
     "single": ("ForSequenceClassification", {"num_labels": CLASSES}),

@@ -27,7 +27,7 @@ class Losses(TrainerCallback):
 
 def train(model: Any, data: Any, folder: Path, collator: Any = None, resume: Any = None, **options: Any) -> Any:
     """The logged losses of a short run with Trainer, and the final weights."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2,
         "max_steps": 4,
         "learning_rate": 0.01,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+TIGHT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def loss_and_gradients(model: Any, *batches: dict[str, Any], **keywords: Any) -> dict[str, Tensor]:
@@ -16,7 +16,7 @@ def loss_and_gradients(model: Any, *batches: dict[str, Any], **keywords: Any) ->
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+def assert_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: Any) -> None:
     """Both have the same names, and the tensors of a name are close."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -30,7 +30,7 @@ def outputs_of(output: Any) -> dict[str, Tensor]:
     return {name: value for name, value in output.items() if isinstance(value, Tensor)}
 
 
-def assert_same_outputs(ours: Any, stock: Any, real: Tensor | None = None, **tolerance: float) -> None:
+def assert_same_outputs(ours: Any, stock: Any, real: Tensor | None = None, **tolerance: Any) -> None:
     """All output tensors are close where tokens are real; the logits of padding mean nothing."""
     ours, stock = outputs_of(ours), outputs_of(stock)
     assert ours.keys() == stock.keys()

@@ -13,7 +13,7 @@ from mistral_hf.torch import linear as linear_module
 from mistral_hf.torch.linear import linear, project
 from tests.helpers.operators import Recorder
 
-WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+WITHIN_ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def operators_of(work: Callable[[], Any]) -> set[str]:
