@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 DTYPES = [torch.float16, torch.bfloat16]  # tests of masks add float32, for a closer comparison
 
@@ -250,9 +250,42 @@ def varlen_attn_2_11(
     return varlen_attn(query, key, value, *bounds, enable_gqa=True, **options)
 
 
+@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
+def varlen_operator(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return varlen(query, key, value, cu_q, cu_k, 1, max_k, scale, (-1, -1), False, used)
+
+
+@varlen_operator.register_fake
+def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+
+
+def compiled_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float,
+    window_size: Any = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor,
+) -> Any:
+    """`varlen_attn` as an operator, which a compiler keeps in its graph, like PyTorch's function."""
+    output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
+    return (output, logsumexp) if return_aux is not None else output
+
+
 PACKAGE = SimpleNamespace(
     flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=flash_attn_with_kvcache
 )
 PACKAGE_2_3 = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=with_kvcache_2_3)
 VARLEN = SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)
 VARLEN_2_11 = SimpleNamespace(varlen_attn=varlen_attn_2_11, AuxRequest=AuxRequest)
+VARLEN_OPERATOR = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=AuxRequest)

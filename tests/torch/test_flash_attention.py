@@ -5,12 +5,11 @@ masks, not from rounding.
 """
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
@@ -19,7 +18,7 @@ from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
 from mistral_hf.torch.flash_kernels import PackageKernels, TorchKernels, VarlenPlan
 from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
-from tests.helpers.flash_attention import KERNELS, NAME, OLD_PACKAGE, use
+from tests.helpers.flash_attention import KERNELS, NAME, OLD_PACKAGE, shapes_only, use
 from tests.helpers.layouts import layout_of
 
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8, 100])
@@ -229,26 +228,6 @@ def test_a_step_reads_the_buffer_itself(
     assert logits.isfinite().all()
 
 
-def shapes_only(*, torch_like: bool) -> Any:
-    """Kernels that return tensors of the right shapes without computing them."""
-
-    def with_cache(
-        q: Tensor, k: Tensor, v: Tensor, *, cache_leftpad: Any = None, return_softmax_lse: bool = False, **options: Any
-    ) -> Any:
-        return (q, q.new_empty(len(q), q.shape[2], 1)) if return_softmax_lse else q
-
-    def varlen(
-        q: Tensor, *states: Any, return_aux: Any = None, window_size: Any = None, seqused_k: Any = None, **options: Any
-    ) -> Any:
-        return q if return_aux is None else (q, q.new_empty(q.shape[1], len(q)))
-
-    if torch_like:
-        return TorchKernels(SimpleNamespace(varlen_attn=varlen, AuxRequest=standin.AuxRequest), "meta")
-    return PackageKernels(
-        SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_with_kvcache=with_cache), "1", "meta"
-    )
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("torch_like", [False, True])
 @pytest.mark.parametrize("filled", [5, 40])
@@ -391,38 +370,6 @@ def test_the_oldest_package_decodes_without_padding_only(
 # Compiled decoding.
 
 
-@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
-def varlen_operator(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return standin.varlen(query, key, value, cu_q, cu_k, 1, max_k, scale, (-1, -1), False, used)
-
-
-@varlen_operator.register_fake
-def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
-
-
-def compiled_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float,
-    window_size: Any = (-1, -1),
-    enable_gqa: bool = False,
-    seqused_k: Tensor,
-) -> Any:
-    """The stand-in as an operator, like PyTorch's function."""
-    output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
-    return (output, logsumexp) if return_aux is not None else output
-
-
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["package", "torch"])
@@ -432,8 +379,7 @@ def test_a_static_step_compiles_to_one_graph(
     """It has no breaks, and the same logits before, at and after the wrap, in two sequences of different lengths."""
     step_kernels: Any = KERNELS[source]
     if source == "torch":
-        module = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=standin.AuxRequest)
-        step_kernels = TorchKernels(module, "cpu")
+        step_kernels = TorchKernels(standin.VARLEN_OPERATOR, "cpu")
     use(step_kernels, monkeypatch)
     ours, eager = pair()
     counter = CompileCounter()
