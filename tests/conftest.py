@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models beside the library's own, inputs with padding, a tokenizer."""
+"""Shared fixtures: tiny random models, the reference with the same weights, inputs with padding, a tokenizer."""
 
 import os
 
@@ -25,17 +25,18 @@ torch.set_num_threads(1)
 
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 VOCABULARY = 99
+SEQUENCE_LENGTHS = (7, 12, 3)
 TEXT = "the quick brown fox jumps over the lazy dog . in the beginning was the word , and the word was good ."
 
 
 class Pair(NamedTuple):
-    """One of our models, and the library's own with the same weights."""
+    """One of our models, and the reference model (stock Transformers) with the same weights."""
 
     ours: Any
     stock: Any
 
     def __call__(self, **inputs: Any) -> tuple[Any, Any]:
-        """Outputs of both."""
+        """The outputs of both."""
         return self.ours(**inputs), self.stock(**inputs)
 
 
@@ -48,7 +49,7 @@ def seed() -> None:
 def tiny() -> Callable[..., dict[str, Any]]:
     """Fields of a tiny configuration: grouped heads, a head_dim that is not hidden_size / heads, a window of 8.
 
-    Weights are ten times as large as usual, so that attention is far from uniform and logits are of order 1.
+    Weights are ten times as large as usual: attention is far from uniform, and logits are of order 1.
     """
 
     def fields(**overrides: Any) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def tiny() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def make_model(tiny: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """Builds one of our models from `tiny` with overrides, in eval mode; norms and biases are random, too."""
+    """Builds one of our models from `tiny` with overrides, in eval mode; norms and biases are random as well."""
 
     def make(head: str = "ForCausalLM", implementation: str = "sdpa", seed: int = 0, **overrides: Any) -> Any:
         torch.manual_seed(seed)
@@ -89,7 +90,7 @@ def make_model(tiny: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def to_stock() -> Callable[[Any], Any]:
-    """The library's own model with the configuration and the weights of one of ours."""
+    """Builds the reference model with the configuration and the weights of one of ours."""
 
     def convert(model: Any) -> Any:
         fields = model.config.to_dict()
@@ -104,7 +105,7 @@ def to_stock() -> Callable[[Any], Any]:
 
 @pytest.fixture(scope="session")
 def make_pair(make_model: Callable[..., Any], to_stock: Callable[[Any], Any]) -> Callable[..., Pair]:
-    """Builds a `Pair`; arguments as of `make_model`."""
+    """Builds a `Pair`; arguments as for `make_model`."""
 
     def make(*args: Any, **kwargs: Any) -> Pair:
         model = make_model(*args, **kwargs)
@@ -129,12 +130,19 @@ def padded(token_ids: Callable[..., Tensor]) -> Callable[..., dict[str, Tensor]]
 
     def pad(*lengths: int, side: str = "left", width: int | None = None) -> dict[str, Tensor]:
         width = width or max(lengths)
-        places = torch.arange(width).expand(len(lengths), -1)
+        indices = torch.arange(width).expand(len(lengths), -1)
         counts = torch.tensor(lengths)[:, None]
-        mask = (places >= width - counts if side == "left" else places < counts).long()
+        mask = (indices >= width - counts if side == "left" else indices < counts).long()
         return {"input_ids": token_ids(len(lengths), width) * mask, "attention_mask": mask}
 
     return pad
+
+
+@pytest.fixture
+def sequences(token_ids: Callable[..., Tensor]) -> list[dict[str, list[int]]]:
+    """Three texts of different lengths; the first token of each is not a label."""
+    rows = [token_ids(1, length, seed=length)[0].tolist() for length in SEQUENCE_LENGTHS]
+    return [{"input_ids": row, "labels": [-100, *row[1:]]} for row in rows]
 
 
 @pytest.fixture
@@ -146,7 +154,7 @@ def checkpoint(make_model: Callable[..., Any], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of some 300 tokens."""
+    """A byte-level BPE tokenizer of about 300 tokens."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = ByteLevel()
@@ -164,8 +172,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing is compiled before the test, and nothing stays compiled after it."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def registered() -> Iterator[None]:
-    """Whatever the test does to the registration, it holds again afterwards."""
+    """Registers the models again after a test that changes the registration."""
     yield
     mistral_hf.register()
 
@@ -173,7 +189,7 @@ def registered() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def rope_parameters() -> Callable[[str], dict[str, Any]]:
     """Parameters of a rotary embedding type for a head_dim of 12 and 64 pretrained positions."""
-    own = {
+    parameters = {
         "default": {},
         "linear": {"factor": 4.0},
         "dynamic": {"factor": 4.0},
@@ -192,4 +208,4 @@ def rope_parameters() -> Callable[[str], dict[str, Any]]:
         },
         "proportional": {"partial_rotary_factor": 0.5},
     }
-    return lambda kind: {"rope_type": kind, "rope_theta": 100.0, **own[kind]}
+    return lambda kind: {"rope_type": kind, "rope_theta": 100.0, **parameters[kind]}

@@ -1,4 +1,4 @@
-"""Compiled decoding with the static rolling buffer: how many graphs there are, and that they compute the same."""
+"""Compiled and exported models compute the same, and decoding from the static rolling buffer needs one graph."""
 
 from typing import Any
 
@@ -8,17 +8,62 @@ from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig
 
 from mistral_hf import RollingCache
+from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
+
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_language_model_matches_the_model(backend: str, make_model: Any, padded: Any) -> None:
+    model = make_model(num_hidden_layers=1)
+    inputs = padded(12, 5)
+    inputs |= labels_of("ForCausalLM", inputs)
+    expected = model(**inputs, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)(**inputs, use_cache=False)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(compiled.logits[real], expected.logits[real], **TIGHT)
+    torch.testing.assert_close(compiled.loss, expected.loss, **TIGHT)
+
+
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])
+def test_compiled_heads_match_the_model(head: str, make_model: Any, padded: Any) -> None:
+    inputs = padded(12, 5)
+    inputs |= labels_of(head, inputs)
+    model = make_model(head, num_hidden_layers=1)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")(**inputs, use_cache=False)
+    assert_same_outputs(compiled, model(**inputs, use_cache=False), real=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("length", [12, 600])
+def test_an_exported_program_matches_the_model(length: int, make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(num_hidden_layers=1), token_ids(2, length)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    exported = torch.export.export(model, (), inputs, strict=False).module()
+    torch.testing.assert_close(exported(**inputs).logits[:, 3:], model(**inputs).logits[:, 3:], **TIGHT)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
+    """The lengths lie below and above the window, and beyond a block of queries."""
+    model = make_model(num_hidden_layers=1)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=2, max=2000)}
+
+    def inputs(batch: int, length: int) -> dict[str, Any]:
+        ids = token_ids(batch, length)
+        return {"input_ids": ids, "use_cache": False} | ({"attention_mask": torch.ones_like(ids)} if with_mask else {})
+
+    shapes = {name: None if name == "use_cache" else sizes for name in inputs(2, 12)}
+    exported = torch.export.export(model, (), inputs(2, 12), dynamic_shapes=shapes, strict=False).module()
+    for batch, length in ((3, 30), (2, 5), (1, 600)):
+        torch.testing.assert_close(
+            exported(**inputs(batch, length)).logits, model(**inputs(batch, length)).logits, **TIGHT
+        )
 
 
 def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_ids: Any) -> None:
-    """Steps from an almost empty buffer until it has wrapped twice, in two sequences of different length."""
+    """The steps begin in an almost empty buffer and wrap it twice, in two sequences of different lengths."""
     model = make_model(sliding_window=8)
     counter = CompileCounter()
     step = torch.compile(model.forward, backend=counter, fullgraph=True)
@@ -40,7 +85,7 @@ def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_id
 
 
 def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two calls of `generate` with other prompt lengths, both across the wrap, share the one decoding graph."""
+    """Two calls of `generate` with different prompt lengths, both across the wrap, share one decoding graph."""
     model = make_model(sliding_window=8)
     counter = CompileCounter()
     monkeypatch.setattr(torch, "compile", compile_with(counter, torch.compile))
@@ -49,7 +94,12 @@ def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkey
     for length in (5, 11):
         ids, mask = token_ids(2, length), torch.ones(2, length, dtype=torch.long)
         mask[0, :2] = 0
-        arguments = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+        arguments: dict[str, Any] = {
+            "attention_mask": mask,
+            "max_new_tokens": 30,
+            "do_sample": False,
+            "eos_token_id": None,
+        }
         expected = model.generate(ids, **arguments)
         compiled = model.generate(ids, cache_implementation="static", compile_config=config, **arguments)
         assert torch.equal(compiled, expected)
@@ -57,7 +107,7 @@ def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkey
 
 
 def compile_with(counter: CompileCounter, original: Any) -> Any:
-    """`torch.compile` with a counting backend in place of the one asked for."""
+    """`torch.compile` with a counting backend in place of the requested one."""
 
     def compile_counted(function: Any = None, **kwargs: Any) -> Any:
         return original(function, **{**kwargs, "backend": counter, "mode": None})

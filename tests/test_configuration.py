@@ -1,4 +1,4 @@
-"""MistralConfig: defaults, old and new files, exchange with the library's own class, validation."""
+"""MistralConfig: defaults, old and new files, exchange with the reference's class, validation."""
 
 import json
 from collections.abc import Callable
@@ -27,20 +27,20 @@ def from_file(folder: Path, **fields: Any) -> MistralConfig:
     return MistralConfig.from_pretrained(folder)
 
 
-def test_defaults_are_those_of_the_library() -> None:
+def test_defaults_match_the_reference() -> None:
     assert MistralConfig().to_dict() == StockConfig().to_dict()
     assert MistralConfig().head_dim == 128
     assert MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2).head_dim == 16
     assert MistralConfig(num_key_value_heads=None).num_key_value_heads == 32
 
 
-def test_class_attributes_are_those_of_the_library() -> None:
+def test_class_attributes_match_the_reference() -> None:
     for name in ("model_type", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan"):
         assert getattr(MistralConfig, name) == getattr(StockConfig, name), name
 
 
-def test_old_hub_file(tmp_path: Path) -> None:
-    """The fields of Mistral-7B-v0.1's config.json, as of 2023."""
+def test_old_hub_files_are_read(tmp_path: Path) -> None:
+    """With the fields of Mistral-7B-v0.1's config.json of 2023."""
     config = from_file(
         tmp_path,
         architectures=["MistralForCausalLM"],
@@ -60,7 +60,7 @@ def test_old_hub_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
-def test_old_rope_scaling(tmp_path: Path, key: str) -> None:
+def test_old_rope_scaling_becomes_rope_parameters(tmp_path: Path, key: str) -> None:
     config = from_file(tmp_path, rope_theta=500.0, rope_scaling={key: "linear", "factor": 4.0})
     assert config.rope_parameters["rope_type"] == "linear"
     assert config.rope_parameters["rope_theta"] == 500.0
@@ -77,17 +77,17 @@ def test_rope_types_round_trip(kind: str, rope_parameters: Callable[[str], dict[
     assert MistralConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
-def test_unknown_rope_type_names_itself(make_model: Callable[..., Any]) -> None:
+def test_an_unknown_rope_type_is_named(make_model: Callable[..., Any]) -> None:
     with pytest.raises((KeyError, ValueError), match="spiral"):
         make_model(rope_parameters={"rope_type": "spiral", "rope_theta": 10000.0})
 
 
-def test_missing_rope_field_is_named() -> None:
+def test_a_missing_rope_field_is_named() -> None:
     with pytest.raises((KeyError, ValueError), match="factor"):
         MistralConfig(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0})
 
 
-def test_files_are_exchanged_with_the_library(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_files_are_exchanged_with_the_reference(tiny: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     fields = tiny(sliding_window=None, eos_token_id=[2, 3], num_labels=3, tie_word_embeddings=True, dtype="bfloat16")
     ours, stock = MistralConfig(**fields), StockConfig(**fields)
     assert written(ours, tmp_path / "ours") == written(stock, tmp_path / "stock")
@@ -158,10 +158,10 @@ def test_layer_types_must_be_uniform() -> None:
     ("field", "value"), [("sliding_window", 0), ("num_key_value_heads", 3), ("head_dim", 7), ("hidden_act", "swiglu")]
 )
 def test_an_override_while_loading_is_validated(checkpoint: Path, field: str, value: Any) -> None:
-    """`from_pretrained` sets overrides after the configuration was made."""
+    """`from_pretrained` applies overrides after it has built the configuration."""
     with pytest.raises(ValueError, match=rf"{field}={value!r}"):
         MistralForCausalLM.from_pretrained(checkpoint, **{field: value})
 
 
-def test_activations_are_those_of_the_library() -> None:
+def test_activations_match_the_library() -> None:
     assert set(ACTIVATIONS) == set(ACT2FN)

@@ -1,4 +1,4 @@
-"""Models on several devices: offloaded, tensor-parallel, fully sharded. The processes are two, on the CPU (gloo)."""
+"""Models on several devices: offloaded, tensor-parallel, fully sharded. Two processes run on the CPU (gloo)."""
 
 import json
 import os
@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
+from tests.helpers.comparison import TIGHT
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 ROOT = Path(__file__).parents[1]
-GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each call of it
+GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each of its calls
 CHUNKS = (None, 5) if GATHERS_EVERY_CALL else (None,)
 accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
-# What both processes run: a checkpoint with tensor parallelism, then sharded by FSDP2, compared with the whole model.
+# Both processes run this: a checkpoint with tensor parallelism, then sharded by FSDP2, against the whole model.
 WORKER = '''
 import json, os, sys
 import torch
@@ -101,9 +101,9 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
-    """What each of the two processes found."""
+    """The results of the two processes."""
     folder = tmp_path_factory.mktemp("parallel")
-    make_model(vocab_size=100).save_pretrained(folder)  # some releases split no odd vocabulary
+    make_model(vocab_size=100).save_pretrained(folder)  # some releases cannot split an odd vocabulary
     script = folder / "worker.py"
     script.write_text(WORKER)
     with socket.socket() as free:
@@ -132,33 +132,35 @@ def found(make_model: Any, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return [json.loads((folder / f"found{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_tensor_parallel_logits_are_those_of_the_whole_model(found: Any) -> None:
+def test_tensor_parallel_logits_match_the_whole_model(found: Any) -> None:
     for rank in found:
         assert rank["split k_proj"] == [12, 32]
         assert rank["logits"] < 1e-5
 
 
-def test_tensor_parallel_generation_keeps_each_ranks_heads(found: Any) -> None:
+def test_every_tensor_parallel_rank_caches_its_heads_and_writes_the_same_text(found: Any) -> None:
     for rank in found:
         assert rank["cache"] == ["DynamicRollingCache", [4, 1, 8, 12]]
         for way in ("greedy", "static", "static in chunks", "beams"):
             assert rank[way], way
 
 
-def test_tensor_parallel_training(found: Any) -> None:
+def test_tensor_parallel_losses_and_gradients_match_the_whole_model(found: Any) -> None:
     for rank in found:
         for chunk in (None, 5):
             assert rank[f"split loss, chunk {chunk}"] < 1e-5
             assert rank[f"split gradient, chunk {chunk}"] < 1e-5
 
 
-def test_a_head_is_not_split(found: Any) -> None:
+def test_a_tensor_parallel_size_that_would_split_a_head_is_refused_at_loading(found: Any) -> None:
     for rank in found:
         assert "size of 2 does not divide num_key_value_heads=1" in rank["one head for two"]
 
 
 @pytest.mark.parametrize(("ranks", "kv_heads", "fitting"), [(3, 2, "1, 2"), (4, 2, "1, 2"), (16, 8, "1, 2, 4, 8")])
-def test_sizes_that_do_not_divide_the_heads(ranks: int, kv_heads: int, fitting: str, make_model: Any) -> None:
+def test_a_tensor_parallel_size_that_does_not_divide_the_heads_is_refused(
+    ranks: int, kv_heads: int, fitting: str, make_model: Any
+) -> None:
     model = make_model(num_attention_heads=8, num_key_value_heads=kv_heads)
     split = DistributedConfig(tp_size=ranks)
     with pytest.raises(ValueError, match=rf"{ranks} does not divide num_key_value_heads={kv_heads}.*\({fitting}\)"):
@@ -175,14 +177,14 @@ def test_sharded_training_has_the_loss_curve_of_one_process(found: Any) -> None:
 
 
 @accelerate
-@pytest.mark.parametrize("places", ["cpu and disk", "disk"])
-def test_offloading_gives_the_same_tokens(
-    places: str, checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path
+@pytest.mark.parametrize("devices", ["cpu and disk", "disk"])
+def test_offloading_gives_the_same_tokens_and_losses(
+    devices: str, checkpoint: Path, make_model: Any, padded: Any, tmp_path: Path
 ) -> None:
-    """Under a small max_memory, ``device_map="auto"`` sends what does not fit to the disk."""
+    """Under a small `max_memory`, ``device_map="auto"`` sends the layers that do not fit to the disk."""
     expected = make_model()
     size = sum(p.nbytes for p in expected.parameters())
-    memory = {"cpu": 0.7 * size if places == "cpu and disk" else 0.35 * size}
+    memory = {"cpu": 0.7 * size if devices == "cpu and disk" else 0.35 * size}
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, device_map="auto", max_memory=memory, offload_folder=tmp_path / "offload"
     )
@@ -211,8 +213,8 @@ def test_dispatched_layers_fill_the_rolling_buffer(checkpoint: Path, make_model:
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
 @accelerate
-def test_launch_configurations(name: str) -> None:
-    """Accelerate reads them, their fields are all known, and they name the decoder layer."""
+def test_launch_configurations_fit_accelerate_and_the_model(name: str) -> None:
+    """Accelerate reads them and has all of their fields; the layer class that they name exists."""
     from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 

@@ -1,4 +1,4 @@
-"""What `generate` writes: the library's own words, by every way of decoding, from every cache."""
+"""`generate` writes the text of the reference, with every decoding strategy and every cache."""
 
 import importlib.util
 import logging
@@ -14,20 +14,21 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 from mistral_hf import MistralForCausalLM, RollingCache
 from tests.helpers import reference
 
-FREE = {"do_sample": False, "eos_token_id": None}
+FREE: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 
 
-def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: Any) -> Tensor:
+def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: Any) -> Any:
+    """Exactly `count` greedy tokens, unless `options` choose another strategy."""
     return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, **{**FREE, **options})
 
 
 @pytest.mark.parametrize(("window", "implementation"), [(None, "sdpa"), (8, "sdpa"), (8, "eager"), (40, "sdpa")])
-def test_greedy_is_identical_over_256_tokens(
+def test_greedy_text_matches_the_reference_over_256_tokens(
     window: int | None, implementation: str, make_pair: Any, padded: Any
 ) -> None:
-    """Through many turns of the window, rows padded differently."""
+    """The window turns over many times, and the rows are padded differently."""
     pair = make_pair("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
     inputs = padded(21, 1, 9, 13)
     ours, stock = (generate(model, inputs, 256) for model in pair)
@@ -41,7 +42,7 @@ def test_greedy_is_identical_over_256_tokens(
 def test_greedy_matches_the_uncached_oracle(
     window: int | None, implementation: str, make_model: Any, padded: Any
 ) -> None:
-    """Window 1 too, where the library's sliding layer keeps every key."""
+    """Also for window 1, where the library's sliding layer keeps every key."""
     model = make_model("ForCausalLM", implementation, sliding_window=window)
     inputs = padded(11, 4)
     expected = reference.greedy(model.state_dict(), model.config, inputs["input_ids"], 20, inputs["attention_mask"])
@@ -59,7 +60,7 @@ def test_padding_does_not_change_the_text(make_model: Any, padded: Any) -> None:
         assert torch.equal(together[row, 21:], alone[0, length:])
 
 
-def test_prompts_longer_than_a_block_of_queries(make_pair: Any, padded: Any) -> None:
+def test_prompts_longer_than_a_block_of_queries_match_the_reference(make_pair: Any, padded: Any) -> None:
     ours, stock = (generate(model, padded(700, 650)) for model in make_pair(sliding_window=100))
     assert torch.equal(ours, stock)
 
@@ -77,7 +78,7 @@ def test_prompts_longer_than_a_block_of_queries(make_pair: Any, padded: Any) -> 
     ],
     ids=lambda options: "-".join(options),
 )
-def test_ways_of_decoding(options: dict[str, Any], make_pair: Any, padded: Any) -> None:
+def test_every_decoding_strategy_matches_the_reference(options: dict[str, Any], make_pair: Any, padded: Any) -> None:
     texts = []
     for model in make_pair():
         torch.manual_seed(5)
@@ -111,7 +112,7 @@ def test_sampling_and_beams_match_the_oracle(
 @WINDOWS
 @pytest.mark.parametrize("way", ["assisted", "lookup"])
 def test_speculation_matches_the_oracle(way: str, window: int | None, make_model: Any, token_ids: Any) -> None:
-    """A wrong assistant's guesses, and those looked up, are taken back from the buffer, before and after it wraps."""
+    """Wrong guesses of an assistant or a lookup are removed from the buffer, before and after it wraps."""
     model, ids = make_model(sliding_window=window), token_ids(1, 4).repeat(1, 3)
     helper = make_model(sliding_window=window, num_hidden_layers=1)
     options = {"assisted": {"assistant_model": helper}, "lookup": {"prompt_lookup_num_tokens": 3}}[way]
@@ -119,7 +120,7 @@ def test_speculation_matches_the_oracle(way: str, window: int | None, make_model
     assert torch.equal(text, reference.greedy(model.state_dict(), model.config, ids, 24))
 
 
-def test_assisted_sampling_draws_the_librarys_own_samples(make_pair: Any, token_ids: Any) -> None:
+def test_assisted_sampling_matches_the_reference(make_pair: Any, token_ids: Any) -> None:
     pair, helpers = make_pair(), make_pair(num_hidden_layers=1)
     inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
     texts = []
@@ -130,7 +131,7 @@ def test_assisted_sampling_draws_the_librarys_own_samples(make_pair: Any, token_
 
 
 def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
-    """The most frequent next token ends the text: rows end at different steps and are padded."""
+    """The tenth token of row 0 becomes the end token: rows end at different steps and are padded."""
     pair, inputs = make_pair(), padded(11, 4, 7)
     free = generate(pair.ours, inputs)[:, 11:]
     end = free[0, 9].item()
@@ -140,8 +141,8 @@ def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_assisted_decoding(window: int | None, make_pair: Any, token_ids: Any) -> None:
-    """With an assistant that guesses well (the model itself), and one that is mostly wrong."""
+def test_assisted_decoding_does_not_change_the_text(window: int | None, make_pair: Any, token_ids: Any) -> None:
+    """One assistant guesses well (it is the model itself), and another is mostly wrong."""
     pair = make_pair(sliding_window=window)
     wrong = make_pair(sliding_window=window, num_hidden_layers=1)
     inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
@@ -151,7 +152,7 @@ def test_assisted_decoding(window: int | None, make_pair: Any, token_ids: Any) -
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_prompt_lookup(window: int | None, make_model: Any, token_ids: Any) -> None:
+def test_prompt_lookup_does_not_change_the_text(window: int | None, make_model: Any, token_ids: Any) -> None:
     model = make_model(sliding_window=window)
     ids = token_ids(1, 4).repeat(1, 4)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -159,7 +160,7 @@ def test_prompt_lookup(window: int | None, make_model: Any, token_ids: Any) -> N
     assert torch.equal(generate(model, inputs, 24, prompt_lookup_num_tokens=3), expected)
 
 
-def test_assisting_the_librarys_own_model(make_pair: Any, token_ids: Any) -> None:
+def test_our_model_can_assist_the_reference(make_pair: Any, token_ids: Any) -> None:
     pair = make_pair()
     inputs = {"input_ids": token_ids(1, 11), "attention_mask": torch.ones(1, 11, dtype=torch.long)}
     text = generate(pair.stock, inputs, 24, assistant_model=pair.ours)
@@ -167,7 +168,7 @@ def test_assisting_the_librarys_own_model(make_pair: Any, token_ids: Any) -> Non
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_from_embeddings(window: int | None, make_pair: Any, padded: Any) -> None:
+def test_embeddings_generate_the_text_of_their_ids(window: int | None, make_pair: Any, padded: Any) -> None:
     pair, inputs = make_pair(sliding_window=window), padded(11, 4)
     expected = generate(pair.ours, inputs)[:, 11:]
     embeds = pair.ours.get_input_embeddings()(inputs["input_ids"])
@@ -180,7 +181,7 @@ def test_from_embeddings(window: int | None, make_pair: Any, padded: Any) -> Non
     ("cache", "window", "implementation"),
     [("dynamic", 8, "sdpa"), *(("static", window, "sdpa") for window in (None, 1, 2, 8)), ("static", 8, "eager")],
 )
-def test_cache_implementations(
+def test_named_cache_implementations_match_the_oracle(
     cache: str, window: int | None, implementation: str, make_model: Any, padded: Any
 ) -> None:
     model = make_model("ForCausalLM", implementation, sliding_window=window, num_hidden_layers=1)
@@ -190,7 +191,7 @@ def test_cache_implementations(
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_beams_in_a_static_cache(window: int | None, make_model: Any, padded: Any) -> None:
+def test_beams_in_a_static_cache_match_the_default_cache(window: int | None, make_model: Any, padded: Any) -> None:
     model, inputs = make_model(sliding_window=window), padded(11, 4)
     beams = {"num_beams": 3, "num_return_sequences": 2}
     expected = generate(model, inputs, **beams)
@@ -199,7 +200,7 @@ def test_beams_in_a_static_cache(window: int | None, make_model: Any, padded: An
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves layers from and to an accelerator")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
-def test_offloaded_caches(cache: str, make_model: Any, padded: Any) -> None:
+def test_offloaded_caches_do_not_change_the_text(cache: str, make_model: Any, padded: Any) -> None:
     model = make_model().to("cuda")
     inputs = {name: tensor.to("cuda") for name, tensor in padded(11, 4).items()}
     assert torch.equal(generate(model, inputs, cache_implementation=cache), generate(model, inputs, use_cache=False))
@@ -207,7 +208,9 @@ def test_offloaded_caches(cache: str, make_model: Any, padded: Any) -> None:
 
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic without configuration", "static", "rolling", "static rolling"])
-def test_caches_of_the_user(kind: str, window: int | None, make_model: Any, padded: Any) -> None:
+def test_a_cache_passed_by_the_caller_is_used_and_matches_the_oracle(
+    kind: str, window: int | None, make_model: Any, padded: Any
+) -> None:
     model = make_model(sliding_window=window)
     inputs = padded(11, 4)
     cache = {
@@ -224,7 +227,7 @@ def test_caches_of_the_user(kind: str, window: int | None, make_model: Any, padd
 
 
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
-def test_quantized_caches(backend: str, make_pair: Any, padded: Any) -> None:
+def test_quantized_caches_match_the_reference(backend: str, make_pair: Any, padded: Any) -> None:
     module = {"quanto": "optimum", "hqq": "hqq", "fp8": "torch"}[backend]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
@@ -239,7 +242,9 @@ def test_quantized_caches(backend: str, make_pair: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(1, 8), (3, None), (3, 1), (3, 2), (3, 8), (8, 8), (50, 8)])
-def test_prompt_in_chunks(chunk: int, window: int | None, make_model: Any, padded: Any) -> None:
+def test_prefill_in_chunks_does_not_change_the_text(
+    chunk: int, window: int | None, make_model: Any, padded: Any
+) -> None:
     model = make_model(sliding_window=window)
     inputs = padded(19, 12)
     expected = generate(model, inputs, 12, use_cache=False)
@@ -247,7 +252,7 @@ def test_prompt_in_chunks(chunk: int, window: int | None, make_model: Any, padde
 
 
 @WINDOWS
-def test_a_conversation_goes_on_from_its_cache(window: int | None, make_model: Any, token_ids: Any) -> None:
+def test_a_conversation_continues_from_its_cache(window: int | None, make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(sliding_window=window), token_ids(2, 9)
     cache = None
     for turn in range(3):
@@ -268,15 +273,15 @@ def test_a_cache_can_be_reset_for_another_text(make_model: Any, padded: Any) -> 
     assert torch.equal(generate(model, inputs, past_key_values=cache), expected)
 
 
-def test_scores_and_logits(make_pair: Any, padded: Any) -> None:
+def test_logits_of_every_step_match_the_reference_and_scores_are_returned(make_pair: Any, padded: Any) -> None:
     options = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     ours, stock = (generate(model, padded(11, 4), 20, **options) for model in make_pair())
     torch.testing.assert_close(torch.stack(ours.logits), torch.stack(stock.logits), rtol=1e-5, atol=2e-5)
     assert len(ours.scores) == 20
 
 
-def test_attentions_and_hidden_states(make_pair: Any, padded: Any) -> None:
-    """Of every step; the keys of a wrapped window are in slot order, so only the sums of weights are comparable."""
+def test_attentions_and_hidden_states_of_every_step_match_the_reference(make_pair: Any, padded: Any) -> None:
+    """Without a window, since a wrapped buffer would return the weights in the order of its slots."""
     options = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
     pair = make_pair("ForCausalLM", "eager", sliding_window=None)
     ours, stock = (generate(model, padded(11, 4), 12, **options) for model in pair)
@@ -292,10 +297,10 @@ def test_low_precision_runs_past_the_window(dtype: torch.dtype, make_model: Any,
     assert text.shape == (2, 31)
 
 
-def test_passing_max_position_embeddings_is_said_once(
+def test_exceeding_max_position_embeddings_warns_once(
     make_model: Any, token_ids: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The text is the oracle's, which knows no limit."""
+    """The text still matches that of the oracle, which has no limit."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, ids = make_model(max_position_embeddings=17), token_ids(1, 11)
     short = generate(model, {"input_ids": ids}, 6)
@@ -306,7 +311,7 @@ def test_passing_max_position_embeddings_is_said_once(
     assert torch.equal(text, reference.greedy(model.state_dict(), model.config, ids, 24))
 
 
-def test_memory_is_that_of_the_window(make_model: Any, token_ids: Any) -> None:
+def test_a_cache_takes_the_memory_of_one_window(make_model: Any, token_ids: Any) -> None:
     model = make_model()
     cache = RollingCache(model.config)
     generate(model, {"input_ids": token_ids(1, 500)}, 20, past_key_values=cache)
@@ -314,7 +319,7 @@ def test_memory_is_that_of_the_window(make_model: Any, token_ids: Any) -> None:
     assert cache.get_seq_length() == 519
 
 
-def test_continuous_batching(make_model: Any) -> None:
+def test_continuous_batching_matches_generate(make_model: Any) -> None:
     model = make_model()
     prompts = [[5, 6, 7, 8], [9] * 13, [3, 4]]
     config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -327,13 +332,13 @@ def test_continuous_batching(make_model: Any) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_loaded_models_generate(checkpoint: Any, make_model: Any, padded: Any) -> None:
+def test_loaded_models_generate_the_same_text(checkpoint: Any, make_model: Any, padded: Any) -> None:
     expected = generate(make_model(), padded(11, 4))
     for loaded in (MistralForCausalLM, StockForCausalLM):
         assert torch.equal(generate(loaded.from_pretrained(checkpoint), padded(11, 4)), expected)
 
 
-def test_text_generation_pipeline(make_pair: Any, tokenizer: Any) -> None:
+def test_the_text_generation_pipeline_matches_the_reference(make_pair: Any, tokenizer: Any) -> None:
     pair = make_pair(vocab_size=len(tokenizer))
     texts = ["in the beginning", "the quick"]
     results = []
@@ -344,7 +349,7 @@ def test_text_generation_pipeline(make_pair: Any, tokenizer: Any) -> None:
     assert results[0][0][0]["generated_text"].startswith(texts[0])
 
 
-def test_text_classification_pipeline(make_pair: Any, tokenizer: Any) -> None:
+def test_the_text_classification_pipeline_matches_the_reference(make_pair: Any, tokenizer: Any) -> None:
     pair = make_pair("ForSequenceClassification", vocab_size=len(tokenizer), num_labels=3)
     texts = ["in the beginning", "the quick brown fox jumps"]
     ours, stock = (
@@ -356,7 +361,7 @@ def test_text_classification_pipeline(make_pair: Any, tokenizer: Any) -> None:
         assert [entry["score"] for entry in mine] == pytest.approx([entry["score"] for entry in theirs], abs=1e-5)
 
 
-def test_token_classification_pipeline(make_pair: Any, tokenizer: Any) -> None:
+def test_the_token_classification_pipeline_matches_the_reference(make_pair: Any, tokenizer: Any) -> None:
     pair = make_pair("ForTokenClassification", vocab_size=len(tokenizer), num_labels=3)
     ours, stock = (
         pipeline("token-classification", model=model, tokenizer=tokenizer, device="cpu")("the quick brown fox")

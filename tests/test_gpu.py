@@ -1,4 +1,4 @@
-"""On a GPU: FlashAttention-2 against eager attention, CUDA graphs of the decoding step, and steps that never wait."""
+"""On a GPU: FlashAttention-2 against eager attention, CUDA graphs of decoding steps, and steps that never wait."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa", NA
 
 @pytest.fixture(params=["package", "torch"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The kernels of either origin, as far as they are installed."""
+    """The kernels of the package and of PyTorch, if they are installed."""
     if request.param == "package":
         try:
             version("flash_attn")
@@ -53,7 +53,7 @@ def fresh_compiler() -> None:
 
 @pytest.fixture
 def trio(make_model: Any) -> Any:
-    """Builds a flash and an eager model of a dtype, and one in float32 whose weights are the same rounded numbers."""
+    """Builds a flash and an eager model of a dtype, and a float32 model with the same rounded weights."""
 
     def make(dtype: torch.dtype, **overrides: Any) -> SimpleNamespace:
         eager = make_model("ForCausalLM", "eager", **{"head_dim": 16, **overrides}).to("cuda", dtype)
@@ -78,7 +78,7 @@ def assert_as_close(flash: Tensor, eager: Tensor, truth: Tensor) -> None:
 @DTYPES
 @WINDOWS
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_forward_and_backward(
+def test_forward_and_backward_are_as_close_as_eager(
     side: str | None, window: int | None, dtype: torch.dtype, kernels: Any, trio: Any, padded: Any
 ) -> None:
     models = trio(dtype, sliding_window=window)
@@ -95,7 +95,9 @@ def test_forward_and_backward(
 
 @DTYPES
 @pytest.mark.parametrize("positions", [False, True])
-def test_packed_sequences(positions: bool, dtype: torch.dtype, kernels: Any, trio: Any, token_ids: Any) -> None:
+def test_packed_sequences_are_as_close_as_eager(
+    positions: bool, dtype: torch.dtype, kernels: Any, trio: Any, token_ids: Any
+) -> None:
     models = trio(dtype)
     features = [{"input_ids": token_ids(1, count)[0].tolist()} for count in (40, 1, 13)]
     batch = on_gpu_but_numbers(
@@ -117,7 +119,7 @@ def on_gpu_but_numbers(batch: dict[str, Any]) -> dict[str, Any]:
 @WINDOWS
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("lengths", [(30, 30), (30, 9)])
-def test_chunks_and_steps_across_the_wrap(
+def test_chunks_and_steps_across_the_wrap_are_as_close_as_eager(
     lengths: tuple[int, int], static: bool, window: int | None, dtype: torch.dtype, kernels: Any, trio: Any, padded: Any
 ) -> None:
     models = trio(dtype, sliding_window=window)
@@ -139,14 +141,14 @@ def test_chunks_and_steps_across_the_wrap(
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("lengths", [(30, 30), (30, 9)])
 def test_no_step_waits_for_the_gpu(implementation: str, lengths: tuple[int, int], make_model: Any, padded: Any) -> None:
-    """CUDA's own check raises at the first synchronisation; the step reads the mask, too."""
+    """CUDA's debug mode raises at the first synchronisation; the step also reads the mask."""
     model = make_model("ForCausalLM", implementation, head_dim=16).to("cuda", torch.bfloat16)
     inputs = on_gpu(padded(*lengths))
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = RollingCache(model.config)
     with torch.no_grad():
         model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
-        for end in range(21, 24):  # of the first steps, kernels may be loaded
+        for end in range(21, 24):  # the first steps may load kernels
             model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -164,15 +166,15 @@ def test_fused_projections(implementation: str, make_model: Any, padded: Any) ->
     expected = model.generate(**inputs, **wanted)
     model.fuse_projections()
     found = model.generate(**inputs, **wanted)
-    same = (found.sequences == expected.sequences)[:, 30:].cumprod(dim=1).bool()  # until rounding chose another token
+    same = (found.sequences == expected.sequences)[:, 30:].cumprod(dim=1).bool()  # until rounding chooses another token
     for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
         rows = same[:, step - 1] if step else slice(None)
         torch.testing.assert_close(ours[rows], theirs[rows], rtol=5e-2, atol=1e-1)
     assert same[:, 0].all()
 
 
-def test_liger_kernels(make_model: Any, padded: Any) -> None:
-    """What `TrainingArguments(use_liger_kernel=True)` puts into a model."""
+def test_liger_kernels_do_not_change_loss_and_gradients(make_model: Any, padded: Any) -> None:
+    """With the kernels that ``TrainingArguments(use_liger_kernel=True)`` puts into a model."""
     liger = pytest.importorskip("liger_kernel.transformers")
     model = make_model("ForCausalLM", head_dim=16).to("cuda").train()
     inputs = on_gpu(padded(30, 9, side="right"))
@@ -190,7 +192,7 @@ def test_liger_kernels(make_model: Any, padded: Any) -> None:
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("padding", [False, True])
 def test_the_static_step_is_one_cuda_graph(implementation: str, padding: bool, make_model: Any, padded: Any) -> None:
-    """Traced once, nothing left out of the graph, the same before, at and after the wrap."""
+    """It is traced once and completely, and gives the same logits before, at and after the wrap."""
     model = make_model("ForCausalLM", implementation, head_dim=16, sliding_window=64).to("cuda", torch.bfloat16)
     step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
     for prompt in (30, 40):
@@ -219,9 +221,11 @@ def test_the_static_step_is_one_cuda_graph(implementation: str, padding: bool, m
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_generate_runs_static_steps_as_one_graph(implementation: str, make_model: Any, padded: Any) -> None:
-    """In float32, so that tokens must be equal; calls of other lengths share the graph."""
+    """In float32, where all tokens must be equal; calls of other lengths share the graph."""
     model = make_model("ForCausalLM", implementation, sliding_window=8).to("cuda")
-    model.generate(**on_gpu(padded(30, 4)), cache_implementation="static", **FREE)  # the largest first
+    model.generate(
+        **on_gpu(padded(30, 4)), cache_implementation="static", **FREE
+    )  # the largest cache first, so the others fit its graph
     graphs = counters["stats"]["unique_graphs"]
     for lengths in ((11, 4), (5, 5), (25, 7)):
         inputs = on_gpu(padded(*lengths))
@@ -231,8 +235,8 @@ def test_generate_runs_static_steps_as_one_graph(implementation: str, make_model
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
-def test_generate_with_flash_and_a_static_cache(kernels: Any, trio: Any, padded: Any) -> None:
-    """The logits of every step, compiled, against those of the default cache."""
+def test_generate_with_flash_and_a_static_cache_is_as_close_as_eager(kernels: Any, trio: Any, padded: Any) -> None:
+    """The logits of compiled steps, and of the whole text without a compiler."""
     models = trio(torch.bfloat16)
     inputs = on_gpu(padded(20, 9))
     wanted = {"return_dict_in_generate": True, "output_logits": True, **FREE}
@@ -250,7 +254,7 @@ def test_right_padding_is_refused(kernels: Any, trio: Any, padded: Any) -> None:
         trio(torch.bfloat16).flash.generate(**on_gpu(padded(20, 9, side="right")), **FREE)
 
 
-def test_loading_onto_the_gpu(make_model: Any, tmp_path: Any) -> None:
+def test_a_checkpoint_loads_onto_the_gpu_with_flash_attention(make_model: Any, tmp_path: Any) -> None:
     reference = make_model("ForCausalLM", "sdpa", head_dim=16)
     reference.save_pretrained(tmp_path)
     options = {"dtype": "bfloat16", "device_map": "cuda", "attn_implementation": NAME}

@@ -1,4 +1,4 @@
-"""What the classification heads pool and how their losses add up over micro batches."""
+"""The token that classification heads pool, and how losses add up over micro batches."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from transformers import Trainer, TrainingArguments
 
-EXACT = {"rtol": 0, "atol": 1e-6}
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+from tests.helpers.comparison import TIGHT
+
+EXACT: dict[str, Any] = {"rtol": 0, "atol": 1e-6}
 CLASSES = 4
 
 
@@ -26,7 +27,7 @@ def alone(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pools_the_last_real_token(side: str, classifier: Any, padded: Any) -> None:
+def test_the_last_real_token_is_pooled(side: str, classifier: Any, padded: Any) -> None:
     inputs = padded(12, 5, 1, side=side)
     expected = alone(classifier, inputs)
     torch.testing.assert_close(classifier(**inputs).logits, expected, **TIGHT)
@@ -38,8 +39,8 @@ def test_pools_the_last_real_token(side: str, classifier: Any, padded: Any) -> N
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_with_the_end_token(side: str, make_model: Any, padded: Any) -> None:
-    """Every text ends in id 2, which also pads: only the mask tells them apart."""
+def test_the_mask_tells_padding_from_an_end_token_with_the_same_id(side: str, make_model: Any, padded: Any) -> None:
+    """Every text ends in id 2, which is also the padding: only the mask tells them apart."""
     model = make_model("ForSequenceClassification", pad_token_id=2, eos_token_id=2, num_labels=CLASSES)
     inputs = padded(12, 5, side=side)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -49,19 +50,19 @@ def test_padding_with_the_end_token(side: str, make_model: Any, padded: Any) -> 
     torch.testing.assert_close(model(**inputs).logits, alone(model, inputs), **TIGHT)
 
 
-def test_without_a_mask_the_last_token_that_is_not_padding(classifier: Any, padded: Any) -> None:
+def test_without_a_mask_the_last_token_with_another_id_than_padding_is_pooled(classifier: Any, padded: Any) -> None:
     inputs = padded(12, 5, side="right")
     torch.testing.assert_close(classifier(inputs["input_ids"]).logits, alone(classifier, inputs), **TIGHT)
 
 
-def test_matches_the_library_where_it_is_right(make_pair: Any, padded: Any) -> None:
+def test_logits_match_the_reference_where_only_padding_has_the_padding_id(make_pair: Any, padded: Any) -> None:
     pair = make_pair("ForSequenceClassification", num_labels=CLASSES)
     for side in ("left", "right"):
         ours, stock = pair(**padded(12, 5, 9, side=side))
         torch.testing.assert_close(ours.logits, stock.logits, **TIGHT)
 
 
-def test_pools_with_a_cache(classifier: Any, padded: Any) -> None:
+def test_the_last_real_token_is_pooled_after_cached_tokens(classifier: Any, padded: Any) -> None:
     inputs = padded(12, 5)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = classifier(ids[:, :8], attention_mask=mask[:, :8]).past_key_values
@@ -69,7 +70,7 @@ def test_pools_with_a_cache(classifier: Any, padded: Any) -> None:
     torch.testing.assert_close(continued, classifier(**inputs).logits, **TIGHT)
 
 
-def test_custom_mask_pools_by_padding_id(classifier: Any, padded: Any) -> None:
+def test_a_custom_mask_pools_by_the_padding_id(classifier: Any, padded: Any) -> None:
     inputs = padded(12, 5, side="right")
     causal = torch.ones(12, 12).tril().triu(-7).bool()[None, None] & inputs["attention_mask"][:, None, None].bool()
     logits = classifier(inputs["input_ids"], attention_mask=causal, use_cache=False).logits
@@ -77,7 +78,7 @@ def test_custom_mask_pools_by_padding_id(classifier: Any, padded: Any) -> None:
 
 
 BATCH = 6
-PROBLEMS = {
+PROBLEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "causal": ("ForCausalLM", {}),
     "tokens": ("ForTokenClassification", {"num_labels": CLASSES, "classifier_dropout": 0.0}),
     "single": ("ForSequenceClassification", {"num_labels": CLASSES}),
@@ -89,7 +90,7 @@ PROBLEMS = {
 
 
 def problem_batch(problem: str, padded: Any) -> dict[str, Tensor]:
-    """Rows of very different lengths, so that means of means are visibly wrong."""
+    """Rows of very different lengths, for which a mean of means is visibly wrong."""
     inputs = padded(12, 3, 11, 2, 9, 4, side="right")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     labels = {
@@ -106,7 +107,7 @@ def problem_batch(problem: str, padded: Any) -> dict[str, Tensor]:
 
 
 def label_count(problem: str, batch: dict[str, Tensor]) -> Tensor:
-    """As the Trainer counts: labels that are not -100 (of a language model, without the first of each row)."""
+    """Number of labels other than -100 (of a language model, without the first of each row), as Trainer counts them."""
     if problem == "answers":
         return torch.tensor(len(batch["input_ids"]))
     labels = batch["labels"][:, 1:] if problem == "causal" else batch["labels"]
@@ -121,7 +122,9 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("as_tensor", [True, False])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_micro_batches_add_up(problem: str, as_tensor: bool, make_model: Any, padded: Any) -> None:
+def test_losses_and_gradients_of_micro_batches_add_up(
+    problem: str, as_tensor: bool, make_model: Any, padded: Any
+) -> None:
     head, fields = PROBLEMS[problem]
     model = make_model(head, **fields).train()
     batch = problem_batch(problem, padded)
@@ -141,13 +144,13 @@ def test_micro_batches_add_up(problem: str, as_tensor: bool, make_model: Any, pa
 
 
 @pytest.mark.parametrize("problem", [name for name in PROBLEMS if name != "answers"])
-def test_losses_match_the_library_for_one_batch(problem: str, make_pair: Any, padded: Any) -> None:
+def test_losses_match_the_reference_for_one_batch(problem: str, make_pair: Any, padded: Any) -> None:
     head, fields = PROBLEMS[problem]
     ours, stock = make_pair(head, **fields)(**problem_batch(problem, padded))
     torch.testing.assert_close(ours.loss, stock.loss, **TIGHT)
 
 
-def test_sequence_losses_by_formula(make_model: Any, padded: Any) -> None:
+def test_sequence_losses_match_their_formulas(make_model: Any, padded: Any) -> None:
     for problem, formula in (
         ("single", cross_entropy),
         ("multi", binary_cross_entropy_with_logits),
@@ -160,8 +163,8 @@ def test_sequence_losses_by_formula(make_model: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
-def test_regression_labels_of_either_shape(shape: tuple[int, ...], make_model: Any, padded: Any) -> None:
-    """Of shape ``[B]`` against logits ``[B, 1]``, without broadcasting to ``[B, B]``."""
+def test_regression_labels_may_be_a_vector_or_a_column(shape: tuple[int, ...], make_model: Any, padded: Any) -> None:
+    """Labels ``[B]`` and logits ``[B, 1]`` do not broadcast to ``[B, B]``."""
     head, fields = PROBLEMS["regression"]
     batch = problem_batch("regression", padded)
     batch["labels"] = batch["labels"].view(shape)
@@ -170,8 +173,8 @@ def test_regression_labels_of_either_shape(shape: tuple[int, ...], make_model: A
     torch.testing.assert_close(output.loss, expected, **EXACT)
 
 
-def test_a_batch_does_not_decide_for_the_next(make_model: Any, padded: Any) -> None:
-    """The problem type follows the labels anew in each call; the configuration, which is saved, stays as it was."""
+def test_a_batch_does_not_decide_the_problem_type_of_the_next(make_model: Any, padded: Any) -> None:
+    """Each call derives the problem type from its labels; the configuration, which is saved, stays unchanged."""
     model = make_model("ForSequenceClassification", num_labels=CLASSES)
     multi, single = problem_batch("multi", padded), problem_batch("single", padded)
     model(**multi)
@@ -180,7 +183,7 @@ def test_a_batch_does_not_decide_for_the_next(make_model: Any, padded: Any) -> N
     torch.testing.assert_close(output.loss, cross_entropy(output.logits, single["labels"]), **EXACT)
 
 
-def test_ignored_class_labels(make_model: Any, padded: Any) -> None:
+def test_ignored_class_labels_do_not_count(make_model: Any, padded: Any) -> None:
     model = make_model("ForSequenceClassification", num_labels=CLASSES)
     batch = problem_batch("single", padded)
     batch["labels"][2:] = -100
@@ -188,7 +191,7 @@ def test_ignored_class_labels(make_model: Any, padded: Any) -> None:
     torch.testing.assert_close(output.loss, cross_entropy(output.logits[:2], batch["labels"][:2]), **EXACT)
 
 
-def test_token_classification(make_pair: Any, padded: Any) -> None:
+def test_token_classification_matches_the_reference(make_pair: Any, padded: Any) -> None:
     pair = make_pair("ForTokenClassification", num_labels=CLASSES)
     batch = problem_batch("tokens", padded)
     ours, stock = pair(**batch)
@@ -203,7 +206,9 @@ def test_token_classification(make_pair: Any, padded: Any) -> None:
     ("fields", "probability"),
     [({}, 0.1), ({"hidden_dropout": 0.3}, 0.3), ({"classifier_dropout": 0.0, "hidden_dropout": 0.3}, 0.0)],
 )
-def test_token_classification_dropout(fields: dict[str, float], probability: float, make_pair: Any) -> None:
+def test_token_classification_dropout_follows_the_configuration(
+    fields: dict[str, float], probability: float, make_pair: Any
+) -> None:
     for model in make_pair("ForTokenClassification", **fields):
         assert model.dropout.p == probability
 
@@ -219,7 +224,7 @@ def test_question_answering_ignores_answers_outside_the_input(make_model: Any, t
 
 @pytest.mark.parametrize("problem", ["causal", "tokens", "single", "multi", "regression"])
 def test_trainer_accumulates_to_the_large_batch(problem: str, make_model: Any, padded: Any, tmp_path: Path) -> None:
-    """One optimiser step over micro batches of 2 moves the weights as one over the batch of 6."""
+    """One optimiser step over micro batches of 2 moves the weights as a step over the batch of 6 does."""
     head, fields = PROBLEMS[problem]
     rows = problem_batch(problem, padded)
     data = [{name: tensor[row] for name, tensor in rows.items()} for row in range(BATCH)]

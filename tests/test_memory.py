@@ -1,4 +1,4 @@
-"""How much memory the work takes, by counting what tensors store; nothing here is timed."""
+"""Memory of prefill and decoding, by counting the bytes of tensors; no test here measures time."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ WINDOW = 64
 
 
 class PeakStorage(TorchDispatchMode):
-    """The most bytes that tensors made while it is active hold at the same time."""
+    """The most bytes held together by tensors that were made while it was active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PeakStorage(TorchDispatchMode):
 
 @pytest.fixture(scope="module")
 def model() -> MistralForCausalLM:
-    """Two layers whose keys and values weigh more than anything else that a step needs."""
+    """Two layers whose keys and values take more memory than anything else in a step."""
     config = MistralConfig(
         vocab_size=31, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, head_dim=16, sliding_window=WINDOW, max_position_embeddings=100_000,
@@ -50,7 +50,7 @@ def peak_of_prompt(model: MistralForCausalLM, length: int, **options: Any) -> in
     return memory.peak
 
 
-def test_the_counter_counts() -> None:
+def test_the_peak_counts_storages_that_are_alive_together() -> None:
     with PeakStorage() as memory:
         a = torch.zeros(100)
         b = a + 1
@@ -71,7 +71,7 @@ def test_a_prompt_in_chunks_takes_memory_for_its_ids_alone(model: MistralForCaus
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_step_copies_no_buffer(implementation: str, batch: int, model: MistralForCausalLM) -> None:
-    """Neither before the window is full, nor at the wrap, nor after it."""
+    """This holds before the window is full, at the wrap and after it."""
     model.set_attn_implementation(implementation)
     cache = RollingCache(model.config)
     ids = torch.ones(batch, WINDOW - 8, dtype=torch.long)

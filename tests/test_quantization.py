@@ -1,4 +1,4 @@
-"""Quantization on loading: what is quantized, how small it gets, and that the model still works."""
+"""Quantization on loading: which layers are quantized, their size, and that the model still works."""
 
 import json
 import sys
@@ -67,8 +67,8 @@ def test_every_projection_is_quantized_and_nothing_else(quantized: Any) -> None:
 
 
 @torch.no_grad()
-def test_loss_of_held_out_text(quantized: Any, full: Any, text: Tensor) -> None:
-    """Within 5% of the perplexity (10% for fp4), which is not that of the full weights."""
+def test_the_loss_of_held_out_text_stays_close_to_full_precision(quantized: Any, full: Any, text: Tensor) -> None:
+    """The perplexity stays within 5% (10% for fp4) and is not that of the full weights."""
     expected, loss = (model(text, labels=text).loss.float() for model in (full, quantized))
     config = quantized.config.quantization_config
     fp4 = config.load_in_4bit and config.bnb_4bit_quant_type == "fp4"
@@ -77,7 +77,7 @@ def test_loss_of_held_out_text(quantized: Any, full: Any, text: Tensor) -> None:
 
 
 def test_generates_through_the_rolling_buffer(quantized: Any, text: Tensor) -> None:
-    """Past the window of 128: each step as the whole text at once would have it."""
+    """Past the window of 128, each step chooses the likeliest token given the whole text."""
     output = quantized.generate(text[:1, :120], max_new_tokens=24, do_sample=False, return_dict_in_generate=True)
     cache = output.past_key_values
     assert isinstance(cache, RollingCache)
@@ -89,7 +89,7 @@ def test_generates_through_the_rolling_buffer(quantized: Any, text: Tensor) -> N
 
 
 @pytest.mark.parametrize("format", ["nf4 double", "int8"])
-def test_saved_and_read_again(format: str, text: Tensor, tmp_path: Path) -> None:
+def test_a_quantized_checkpoint_loads_as_it_was_saved(format: str, text: Tensor, tmp_path: Path) -> None:
     model = load(format=format, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
@@ -113,7 +113,9 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("format", "limit"), [("nf4", 0.32), ("nf4 double", 0.3), ("fp4", 0.32)])
-def test_footprint_of_a_7b_model(format: str, limit: float, make_model: Any, tmp_path: Path) -> None:
+def test_a_quantized_7b_model_takes_less_than_a_third_of_the_memory(
+    format: str, limit: float, make_model: Any, tmp_path: Path
+) -> None:
     """From a layer with the proportions of 7B and an eighth of its width, and the sizes of all modules of 7B."""
     shape = {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 4, "num_key_value_heads": 1}
     make_model(num_hidden_layers=1, head_dim=128, **shape).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -129,7 +131,7 @@ def test_footprint_of_a_7b_model(format: str, limit: float, make_model: Any, tmp
 
 
 @pytest.mark.slow
-def test_footprint_of_a_layer_of_7b(tmp_path: Path) -> None:
+def test_a_quantized_layer_of_7b_takes_less_than_a_third_of_the_memory(tmp_path: Path) -> None:
     config = MistralConfig(num_hidden_layers=1, dtype="bfloat16")
     plain = MistralForCausalLM(config).to(torch.bfloat16)
     plain.save_pretrained(tmp_path)
@@ -139,8 +141,8 @@ def test_footprint_of_a_layer_of_7b(tmp_path: Path) -> None:
     assert found <= 0.32 * (full + 31 * layer)
 
 
-def test_quantized_training_with_an_adapter(text: Tensor) -> None:
-    """QLoRA: the adapter learns, the 4-bit weights stay."""
+def test_an_adapter_learns_while_the_4_bit_weights_stay(text: Tensor) -> None:
+    """QLoRA: the loss falls, and the 4-bit weights do not change."""
     peft = pytest.importorskip("peft")
     model = peft.prepare_model_for_kbit_training(load(format="nf4 bfloat16"), use_gradient_checkpointing=False)
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
@@ -165,7 +167,7 @@ def four_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("format", "field"), [("int8", "load_in_4bit=True"), ("fp4", "bnb_4bit_quant_type='nf4'")])
 @pytest.mark.parametrize("auto", [True, False])
-def test_quantizing_twice(format: str, field: str, auto: bool, four_bits: Path) -> None:
+def test_quantizing_twice_in_different_ways_is_refused(format: str, field: str, auto: bool, four_bits: Path) -> None:
     model_class = AutoModelForCausalLM if auto else MistralForCausalLM
     with pytest.raises(ValueError, match=rf"quantized with {field} and cannot be quantized again.*full precision"):
         model_class.from_pretrained(four_bits, quantization_config=BitsAndBytesConfig(**FORMATS[format]))
@@ -184,7 +186,7 @@ def test_quantizing_twice_in_the_same_way_changes_nothing(four_bits: Path, text:
         assert torch.equal(load(four_bits, "nf4")(text).logits, load(four_bits)(text).logits)
 
 
-def test_a_request_without_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_without_bitsandbytes_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     for bits in (4, 8):
         module = sys.modules[f"transformers.quantizers.quantizer_bnb_{bits}bit"]
         with monkeypatch.context() as patch:
@@ -195,7 +197,7 @@ def test_a_request_without_bitsandbytes_says_what_to_install(monkeypatch: pytest
                 load(format="nf4" if bits == 4 else "int8")
 
 
-def test_torchao(text: Tensor, full: Any, tmp_path: Path) -> None:
+def test_a_torchao_model_stays_accurate_generates_and_reloads(text: Tensor, full: Any, tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, quantization_config=config, dtype=torch.bfloat16)
@@ -214,14 +216,14 @@ def test_torchao(text: Tensor, full: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "packages"), [(GPTQConfig, "optimum|gptqmodel"), (AwqConfig, "pre.?quantized")])
-def test_formats_that_need_other_packages_or_files_say_so(config: Any, packages: str) -> None:
+def test_formats_that_need_other_packages_or_files_name_them(config: Any, packages: str) -> None:
     options = {"bits": 4, "dataset": ["some text"], "tokenizer": None} if config is GPTQConfig else {"bits": 4}
     with pytest.raises((ImportError, ValueError), match=packages):
         AutoModelForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, quantization_config=config(**options))
 
 
-def test_gptq_checkpoint(tmp_path: Path) -> None:
-    """Through the library, where its packages are installed."""
+def test_a_gptq_checkpoint_loads_through_the_library(tmp_path: Path) -> None:
+    """This needs the packages that the library uses for GPTQ."""
     pytest.importorskip("optimum", reason="GPTQ needs optimum and gptqmodel")
     pytest.importorskip("gptqmodel", reason="GPTQ needs optimum and gptqmodel")
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)

@@ -1,4 +1,4 @@
-"""Who answers for Mistral in the Auto classes, models composed with a Mistral inside, and what importing costs."""
+"""The Auto classes build our models, composite models contain them, and importing the package is cheap."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ AUTO = {
 
 
 def resolved_modules(folder: Path) -> set[str]:
-    """Modules of the classes that all Auto classes make of a checkpoint."""
+    """Modules of the classes that the Auto classes build from a checkpoint."""
     models = [getattr(transformers, auto).from_pretrained(folder) for auto in AUTO]
     assert [type(model).__name__ for model in models] == list(AUTO.values())
     return {type(AutoConfig.from_pretrained(folder)).__module__, *(type(model).__module__ for model in models)}
@@ -39,7 +39,7 @@ BUILT_IN = {
 
 
 @pytest.mark.usefixtures("registered")
-def test_registering_and_unregistering(checkpoint: Path, tiny: Any) -> None:
+def test_registration_can_be_repeated_and_undone(checkpoint: Path, tiny: Any) -> None:
     assert resolved_modules(checkpoint) == OURS
     mistral_hf.register()
     mistral_hf.register()
@@ -52,21 +52,21 @@ def test_registering_and_unregistering(checkpoint: Path, tiny: Any) -> None:
     assert resolved_modules(checkpoint) == OURS
 
 
-def test_the_auto_classes_make_models_of_a_configuration(tiny: Any) -> None:
+def test_the_auto_classes_build_our_models_from_a_configuration(tiny: Any) -> None:
     for auto, name in AUTO.items():
         model = getattr(transformers, auto).from_config(MistralConfig(**tiny()))
         assert type(model) is getattr(mistral_hf, name)
     assert type(AutoConfig.for_model("mistral")) is MistralConfig
 
 
-def test_the_librarys_own_classes_stay_usable(tiny: Any, checkpoint: Path) -> None:
+def test_the_reference_classes_stay_usable(tiny: Any, checkpoint: Path) -> None:
     assert type(AutoModel.from_config(StockConfig(**tiny()))) is stock_modeling.MistralModel
     assert type(transformers.MistralForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
 
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("ignored", ["AutoConfig", *AUTO])
-def test_a_library_that_ignores_the_registration(
+def test_a_registration_without_effect_is_refused_and_undone(
     ignored: str, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
     mistral_hf.unregister()
@@ -74,7 +74,7 @@ def test_a_library_that_ignores_the_registration(
         patch.setattr(getattr(registration, ignored), "register", lambda *args, **kwargs: None)
         with pytest.raises(RuntimeError, match=r"Auto\w+ resolves model_type 'mistral' to .* instead of mistral_hf\."):
             mistral_hf.register()
-    # Nothing is left half registered.
+    # No class stays registered.
     assert type(AutoModelForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
 
 
@@ -126,8 +126,10 @@ def text_model(model: Any) -> Any:
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("kind", COMPOSITES)
-def test_composite_models(kind: str, tiny: Any, padded: Any, tmp_path: Path) -> None:
-    """Built, run, saved and read back with our text model; then the same with the library's, to the same result."""
+def test_composite_models_contain_ours_and_match_the_reference(
+    kind: str, tiny: Any, padded: Any, tmp_path: Path
+) -> None:
+    """Built, run, saved and loaded with our text model, and loaded with the reference's, for the same results."""
     composite = getattr(transformers, COMPOSITES[kind])
     model = composite(composite_config(kind, {"model_type": "mistral", **tiny()})).eval()
     assert type(text_model(model)) is mistral_hf.MistralModel
@@ -151,7 +153,7 @@ def test_composite_models(kind: str, tiny: Any, padded: Any, tmp_path: Path) -> 
     assert torch.equal(text, stock.generate(**inputs, max_new_tokens=12, do_sample=False))
 
 
-def test_composite_model_with_an_image(tiny: Any) -> None:
+def test_a_composite_model_reads_images(tiny: Any) -> None:
     config = composite_config("mistral3", {"model_type": "mistral", **tiny()})
     model = transformers.Mistral3ForConditionalGeneration(config).eval()
     ids = torch.tensor([[5, 98, 98, 6, 7]])  # a block of two by two patches is one token
@@ -161,13 +163,13 @@ def test_composite_model_with_an_image(tiny: Any) -> None:
     assert model.generate(ids, **images, max_new_tokens=4, do_sample=False).shape == (1, 9)
 
 
-def test_composite_model_of_the_librarys_own_text_configuration(tiny: Any, token_ids: Any) -> None:
+def test_a_composite_model_takes_the_reference_text_configuration(tiny: Any, token_ids: Any) -> None:
     model = transformers.Mistral3ForConditionalGeneration(composite_config("mistral3", StockConfig(**tiny())))
     assert model(token_ids(1, 5).clamp(max=97)).logits.shape == (1, 5, 99)
 
 
-def test_importing_costs_nothing_but_our_own_files() -> None:
-    """Beyond torch, the library's Mistral module and its Auto classes, only the package itself is imported."""
+def test_importing_loads_only_the_files_of_the_package() -> None:
+    """After torch, the reference's Mistral module and the Auto classes, only the package is imported."""
     code = """
 import sys
 import transformers.models.mistral.modeling_mistral

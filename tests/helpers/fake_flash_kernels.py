@@ -1,9 +1,9 @@
 """Stand-ins for the FlashAttention-2 kernels: their documented functions in plain PyTorch, for any device.
 
-Written from the documentation of ``flash_attn`` and of ``torch.nn.attention.varlen``. What the kernels refuse is
-refused: other dtypes than half precision, strides and shapes that they cannot read, bounds that are no int32, lie
-outside of the tokens or run backwards, windows of other values, gradients where there is no backward pass. Results are
-computed in float32 from exactly the keys that the bounds name.
+Written from the documentation of ``flash_attn`` and of ``torch.nn.attention.varlen``. They refuse what the kernels
+refuse: other dtypes than half precision, strides and shapes that cannot be read, bounds that are not int32, lie outside
+the tokens or run backwards, other windows, gradients where there is no backward pass. Results are computed in float32
+from exactly the keys within the bounds.
 
 Legend: H query heads, K key/value heads, D head_dim, N sequences.
 """
@@ -12,35 +12,46 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
-DTYPES = [torch.float16, torch.bfloat16]  # tests of the structure add float32, to compare more closely
+DTYPES = [torch.float16, torch.bfloat16]  # tests of masks add float32, for a closer comparison
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: tuple[int, int], causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """One sequence, ``[queries, H, D]`` on ``[keys, K, D]``, the last query and key aligned; and ``[H, queries]``."""
+    """Attention of one sequence, the last query aligned with the last key.
+
+    Args:
+        q: ``[queries, H, D]``.
+        k, v: ``[keys, K, D]``.
+        scale: Factor of the scores.
+        window: Number of visible keys to the left and to the right of a query; -1 means all.
+        causal: Whether keys to the right are invisible.
+
+    Returns:
+        The output ``[queries, H, D]`` and the logsumexp of the scores ``[H, queries]``.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
     left, right = window[0], 0 if causal else window[1]
     distance = torch.arange(len(k)) - torch.arange(len(q))[:, None] - (len(k) - len(q))
-    seen = torch.ones_like(distance, dtype=torch.bool)
+    visible = torch.ones_like(distance, dtype=torch.bool)
     if right >= 0:
-        seen &= distance <= right
+        visible &= distance <= right
     if left >= 0:
-        seen &= distance >= -left
-    scores = scores.masked_fill(~seen, -torch.inf)
-    weights = scores.softmax(dim=-1).masked_fill(~seen.any(dim=-1, keepdim=True), 0.0).nan_to_num()
-    logsumexp = scores.logsumexp(dim=-1).masked_fill(~seen.any(dim=-1), torch.inf)
+        visible &= distance >= -left
+    scores = scores.masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(dim=-1).masked_fill(~visible.any(dim=-1, keepdim=True), 0.0).nan_to_num()
+    logsumexp = scores.logsumexp(dim=-1).masked_fill(~visible.any(dim=-1), torch.inf)
     return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype), logsumexp
 
 
 def check_states(q: Tensor, *keys_and_values: Tensor) -> None:
-    """What all functions ask of queries, keys and values, heads and head_dim being the last two dimensions."""
+    """Check dtypes, devices and shapes of queries, keys and values ``[..., heads, D]``, as all functions do."""
     assert q.dtype in DTYPES, f"FlashAttention only supports fp16 and bf16, not {q.dtype}"
-    assert q.shape[-1] % 8 == 0, "head_dim is no multiple of 8"
+    assert q.shape[-1] % 8 == 0, "head_dim is not a multiple of 8"
     assert q.shape[-1] <= 256, "head_dim is above 256"
     for states in (q, *keys_and_values):
         assert states.dtype == q.dtype, "dtypes differ"
@@ -54,7 +65,7 @@ def check_states(q: Tensor, *keys_and_values: Tensor) -> None:
 
 
 def check_integers(bounds: Tensor, count: int) -> list[int]:
-    """Values of an int32 tensor of so many elements."""
+    """The values of an int32 tensor of `count` elements."""
     assert bounds.dtype == torch.int32, f"bounds are {bounds.dtype}, not int32"
     assert bounds.shape == (count,), f"bounds are {tuple(bounds.shape)}, not {count}"
     assert bounds.is_contiguous(), "bounds are not contiguous"
@@ -62,8 +73,8 @@ def check_integers(bounds: Tensor, count: int) -> list[int]:
 
 
 def check_window(window: tuple[int, int]) -> None:
-    assert isinstance(window, tuple), "the window is no tuple"
-    assert len(window) == 2, "the window is no pair"
+    assert isinstance(window, tuple), "the window is not a tuple"
+    assert len(window) == 2, "the window is not a pair"
     assert all(type(side) is int and side >= -1 for side in window), f"window {window}"
 
 
@@ -80,31 +91,31 @@ def varlen(
     causal: bool,
     used: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """VarlenPlan one after another: output ``[total_q, H, D]`` and logsumexp ``[H, total_q]``."""
+    """Attention within sequences, one after another: output ``[total_q, H, D]`` and logsumexp ``[H, total_q]``."""
     assert q.ndim == 3, "queries are not [total, heads, head_dim]"
     check_states(q, k, v)
     check_window(window)
-    assert type(max_q) is int, "max_q is no int"
-    assert type(max_k) is int, "max_k is no int"
+    assert type(max_q) is int, "max_q is not an int"
+    assert type(max_k) is int, "max_k is not an int"
     count = len(cu_q) - 1
     assert count > 0, "there are no sequences"
     from_q, from_k = check_integers(cu_q, count + 1), check_integers(cu_k, count + 1)
     lengths = None if used is None else check_integers(used, count)
     assert from_q[0] == 0, "queries do not begin at 0"
     assert from_q[-1] == len(q), "queries do not end at their total"
-    assert lengths is not None or (from_k[0] == 0 and from_k[-1] == len(k)), "keys do not cover all of theirs"
+    assert lengths is not None or (from_k[0] == 0 and from_k[-1] == len(k)), "bounds do not cover all keys"
     if max_q == 1 and q.shape[1] > k.shape[1] and window == (-1, -1):
         assert len(q) == count, "with max_q=1, the heads of a group are taken as queries: each sequence must have one"
     outputs, logsumexps = [], []
     for index in range(count):
         queries = range(from_q[index], from_q[index + 1])
         keys = range(from_k[index], from_k[index + 1])
-        assert 0 <= queries.stop - queries.start <= max_q, "a sequence has too many queries, or less than none"
+        assert 0 <= queries.stop - queries.start <= max_q, "a sequence has too many queries, or a negative number"
         if lengths is not None:
             assert 0 <= lengths[index] <= len(keys), "more keys are used than a sequence has"
             keys = keys[: lengths[index]]
-        assert 0 <= keys.stop - keys.start <= max_k, "a sequence has too many keys, or less than none"
-        assert keys.stop <= len(k), "a key lies behind the last one"
+        assert 0 <= keys.stop - keys.start <= max_k, "a sequence has too many keys, or a negative number"
+        assert keys.stop <= len(k), "a key lies after the last one"
         span = slice(keys.start, keys.stop)
         output, logsumexp = attend(q[queries.start : queries.stop], k[span], v[span], scale, window, causal)
         outputs.append(output)
@@ -125,8 +136,8 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """The package's function; dropout is taken note of only."""
-    assert 0 <= dropout_p < 1, "dropout is no probability"
+    """The package's function; dropout is checked but not applied."""
+    assert 0 <= dropout_p < 1, "dropout is not a probability"
     assert not causal or window_size[1] in (-1, 0), "a causal window has no right side"
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     bounds = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -158,10 +169,8 @@ def flash_attn_with_kvcache(
     starts = [0] * count if cache_leftpad is None else check_integers(cache_leftpad, count)
     rows = list(range(count)) if cache_batch_idx is None else check_integers(cache_batch_idx, count)
     assert cache_batch_idx is not None or count == len(k_cache), "queries and cached rows differ in number"
-    assert all(0 <= start <= stop <= slots for start, stop in zip(starts, stops, strict=True)), (
-        "keys outside of the cache"
-    )
-    assert all(0 <= row < len(k_cache) for row in rows), "no such row in the cache"
+    assert all(0 <= start <= stop <= slots for start, stop in zip(starts, stops, strict=True)), "keys outside the cache"
+    assert all(0 <= row < len(k_cache) for row in rows), "a row outside the cache"
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     results = [
         attend(queries, k_cache[row, start:stop], v_cache[row, start:stop], scale, window_size, causal)
@@ -181,7 +190,7 @@ def with_kvcache_2_3(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Any:
-    """The same as of version 2.3.0."""
+    """The same function in version 2.3.0."""
     return flash_attn_with_kvcache(
         q,
         k_cache,
@@ -212,7 +221,7 @@ def varlen_attn(
     enable_gqa: bool = False,
     seqused_k: Tensor | None = None,
 ) -> Any:
-    """PyTorch's function, as of 2.13."""
+    """PyTorch's function in 2.13."""
     assert enable_gqa or query.shape[1] == key.shape[1], "heads differ without enable_gqa"
     states = (query, key, value)
     recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in states)
@@ -235,10 +244,42 @@ def varlen_attn_2_11(
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Any:
-    """PyTorch's function, as of 2.11: its kernels take groups of heads without being told."""
+    """PyTorch's function in 2.11, whose kernels take groups of heads without an option."""
     bounds = (cu_seq_q, cu_seq_k, max_q, max_k)
     options: dict[str, Any] = {"return_aux": return_aux, "scale": scale, "window_size": window_size}
     return varlen_attn(query, key, value, *bounds, enable_gqa=True, **options)
+
+
+@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
+def varlen_operator(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return varlen(query, key, value, cu_q, cu_k, 1, max_k, scale, (-1, -1), False, used)
+
+
+@varlen_operator.register_fake
+def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
+
+
+def compiled_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float,
+    window_size: Any = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: Tensor,
+) -> Any:
+    """`varlen_attn` as an operator, which a compiler keeps in its graph, like PyTorch's function."""
+    output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
+    return (output, logsumexp) if return_aux is not None else output
 
 
 PACKAGE = SimpleNamespace(
@@ -247,3 +288,4 @@ PACKAGE = SimpleNamespace(
 PACKAGE_2_3 = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=with_kvcache_2_3)
 VARLEN = SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)
 VARLEN_2_11 = SimpleNamespace(varlen_attn=varlen_attn_2_11, AuxRequest=AuxRequest)
+VARLEN_OPERATOR = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=AuxRequest)

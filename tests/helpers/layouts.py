@@ -1,4 +1,4 @@
-"""Layouts of sequences for masks, which do not depend on positions."""
+"""Layouts for masks, which do not depend on positions."""
 
 import torch
 from torch import Tensor
@@ -7,4 +7,5 @@ from mistral_hf.torch.sequence_layout import KeyLayout, SequenceLayout
 
 
 def layout_of(keys: KeyLayout, padding: Tensor | None = None, segments: Tensor | None = None) -> SequenceLayout:
+    """A `SequenceLayout` with empty positions."""
     return SequenceLayout(keys, torch.empty(0), padding, segments)

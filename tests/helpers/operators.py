@@ -1,4 +1,4 @@
-"""Which operators run."""
+"""Records which operators run."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Recorder(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Records the names of the operators that run while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Fresh interpreters, in which packages may be missing."""
+"""Fresh interpreters that cannot find some packages."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ importlib.machinery.PathFinder.find_spec = staticmethod(hidden)
 
 
 def run_python(code: str, hidden: tuple[str, ...] = (), **environment: str) -> str:
-    """What a fresh interpreter prints that does not find the packages `hidden`."""
+    """The standard output of `code` in a fresh interpreter that cannot find the packages `hidden`."""
     done = subprocess.run(
         [sys.executable, "-c", _HIDE.format(hidden=hidden) + code],
         capture_output=True,

@@ -1,6 +1,6 @@
-"""The oracle of the tests: a Mistral forward pass that is meant to be read, not to be fast.
+"""The oracle of the tests: a Mistral forward pass written to be read, not to be fast.
 
-Plain torch in the dtype of the weights (float64 works), no cache, and the whole S-by-S mask, made from the rule
+Plain torch in the dtype of the weights (float64 works), no cache, and the whole S-by-S mask of the rule
 ``q - W < k <= q``.
 
 Legend: B batch, S tokens, H query heads, K key/value heads, D head_dim, E hidden_size, V vocabulary, W window.
@@ -26,7 +26,7 @@ def hidden_states(
     """Embeddings, the output of every layer but the last, and the final normalised states, each ``[B, S, E]``.
 
     Args:
-        weights: By the names of a `MistralModel`, without any prefix.
+        weights: By the names of `MistralModel`, without a prefix.
         config: A configuration with default rotary embeddings and ``hidden_act="silu"``.
         input_ids: ``[B, S]``.
         attention_mask: ``[B, S]``, nonzero for real tokens.
@@ -60,7 +60,7 @@ def logits(weights: Weights, config: Any, input_ids: Tensor | None = None, **inp
 def greedy(
     weights: Weights, config: Any, input_ids: Tensor, new_tokens: int, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """The prompt and its `new_tokens` likeliest next tokens, ``[B, S + new_tokens]``, every step from scratch."""
+    """The prompt and `new_tokens` greedy tokens, ``[B, S + new_tokens]``; every step reads the whole text again."""
     for _ in range(new_tokens):
         following = logits(weights, config, input_ids, attention_mask=attention_mask)[:, -1:].argmax(dim=-1)
         input_ids = torch.cat([input_ids, following], dim=1)
@@ -92,7 +92,7 @@ def heads(states: Tensor, head_dim: int) -> Tensor:
 
 
 def rotate(states: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of ``[B, heads, S, D]``: elements i and i + D/2 are one complex number, turned by its angle."""
+    """Rotary embedding of ``[B, heads, S, D]``: elements i and i + D/2 are a complex number, turned by its angle."""
     half = states.shape[-1] // 2
     frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     angles = positions[:, None, :, None] * frequencies

@@ -1,4 +1,4 @@
-"""The window rule, masks and banded attention, against the dense mask of the naive reference."""
+"""The window rule, masks and banded attention, against naive attention with a dense mask."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 def dense_mask(
     window: int | None, queries: range, keys: range, padding: Tensor | None, segments: Tensor | None
 ) -> Tensor:
-    """The rule, entry by entry."""
+    """The window rule, entry by entry, ``[B or 1, 1, S, T]``."""
     rows = [[k <= q and (window is None or k > q - window) for k in keys] for q in queries]
     mask = torch.tensor(rows)[None, None]
     if padding is not None:
@@ -43,18 +43,18 @@ def dense_mask(
     return mask
 
 
-def test_the_window_rule() -> None:
-    """W keys, the query among them."""
+def test_a_query_sees_the_last_w_keys_up_to_itself() -> None:
+    """The query itself is one of the W keys."""
     index = torch.arange(6)
-    seen = visible(index[:, None], index, 3)
-    assert seen.sum(dim=-1).tolist() == [1, 2, 3, 3, 3, 3]
-    assert index[seen[4]].tolist() == [2, 3, 4]
+    mask = visible(index[:, None], index, 3)
+    assert mask.sum(dim=-1).tolist() == [1, 2, 3, 3, 3, 3]
+    assert index[mask[4]].tolist() == [2, 3, 4]
     assert visible(index[:, None], index, None).sum(dim=-1).tolist() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.fixture
 def small_block(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Blocks of 8 queries, so that short inputs are long ones."""
+    """Blocks of 8 queries, which make short inputs count as long."""
     monkeypatch.setattr(attention, "BLOCK", 8)
     return 8
 
@@ -64,10 +64,10 @@ def small_block(monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.parametrize(
     ("kind", "past"), [("plain", 0), ("plain", 1), ("plain", 13), ("padded", 0), ("padded", 13), ("packed", 0)]
 )
-def test_banded_attention_is_dense_attention(
+def test_banded_attention_matches_dense_attention(
     backend: str, window: int | None, past: int, kind: str, small_block: int
 ) -> None:
-    """Forward and gradients, for queries behind cached keys, with left padding and packed sequences."""
+    """Forward and gradients, for queries after cached keys, with left padding and packed sequences."""
     length, batch = 29, 2
     kept = past if window is None else min(past, window - 1)
     padding = segments = None
@@ -109,8 +109,8 @@ def test_banded_attention_is_dense_attention(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_query_on_either_path(dtype: torch.dtype, masked: bool) -> None:
-    """The matrix products of a CPU step and PyTorch's kernel with groups as rows, against the dense reference."""
+def test_both_paths_of_one_query_match_dense_attention(dtype: torch.dtype, masked: bool) -> None:
+    """The matrix products of a CPU step and PyTorch's kernel with groups as rows, against dense attention."""
     query, key, value = (torch.randn(3, heads, count, 16) for heads, count in ((6, 1), (2, 33), (2, 33)))
     mask = torch.rand(3, 1, 1, 33) > 0.3 if masked else None
     expected = dense(query, key, value, torch.ones(1, 1, 1, 33, dtype=torch.bool) if mask is None else mask)
@@ -124,7 +124,7 @@ def test_one_query_on_either_path(dtype: torch.dtype, masked: bool) -> None:
         torch.testing.assert_close(output.float(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_mask_of_its_own_for_every_head() -> None:
+def test_every_head_may_have_its_own_mask() -> None:
     query, key, value = (torch.randn(2, heads, count, 8) for heads, count in ((6, 1), (2, 9), (2, 9)))
     mask = torch.rand(2, 6, 1, 9) > 0.4
     expected = dense(query, key, value, mask)
@@ -174,7 +174,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("train", [False, True])
 def test_no_tensor_grows_with_the_square_of_the_length(backend: str, padded: bool, train: bool) -> None:
-    """Twice the length, at most twice the largest tensor; and no mask of S times S."""
+    """With twice the length, the largest tensor is at most twice as large; no mask is S by S."""
     config = MistralConfig(
         vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4, sliding_window=16, attn_implementation=backend,
@@ -192,12 +192,12 @@ def test_no_tensor_grows_with_the_square_of_the_length(backend: str, padded: boo
                 output.loss.backward()
         largest.append(recorder.elements)
         assert recorder.elements < length * length / 2
-    # The scores of one block do not grow with the length at all; what does grow is linear in it.
+    # The scores of a block do not grow with the length; all other tensors grow linearly.
     assert largest[1] <= 2 * largest[0]
 
 
 def test_attention_weights_cover_a_long_input(small_block: int) -> None:
-    """Eager attention is banded, unless the weights are asked for."""
+    """Eager attention is banded, unless the weights are requested."""
     config = MistralConfig(
         vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=4, sliding_window=3, attn_implementation="eager",

@@ -1,4 +1,4 @@
-"""The rolling buffer against a list model of it: contents, the library's contract, memory, autograd."""
+"""The rolling buffer against a list model: contents, the library's contract, memory, autograd."""
 
 import copy
 import weakref
@@ -18,7 +18,7 @@ from mistral_hf.torch.attention import visible
 from mistral_hf.torch.cache_layers import MAX_SLACK, RollingLayer, StaticRollingLayer
 from mistral_hf.torch.sequence_layout import KeyLayout
 
-ROW = 10_000  # a token's value is ROW * its row's name + its position
+ROW = 10_000  # the value of a token is ROW * the name of its row + its position
 
 
 def states(rows: list[int], start: int, count: int) -> Tensor:
@@ -28,7 +28,7 @@ def states(rows: list[int], start: int, count: int) -> Tensor:
 
 
 class ListModel:
-    """What a layer must hold: rows by name, and how many tokens each has seen."""
+    """The contents that a layer must have: the names of its rows, and the number of tokens so far."""
 
     def __init__(self, layer: RollingLayer | StaticRollingLayer, window: int | None, rows: list[int]) -> None:
         self.layer, self.window, self.rows, self.length = layer, window, rows, 0
@@ -44,19 +44,19 @@ class ListModel:
         assert int(layer.get_seq_length()) == self.length
         indices = layout.indices(count, torch.device("cpu"))
         for query in range(start, start + count):
-            seen = visible(torch.tensor(query), indices, self.window)
+            mask = visible(torch.tensor(query), indices, self.window)
             expected = range(self.first_visible(query), query + 1)
-            assert sorted(indices[seen].tolist()) == list(expected)
+            assert sorted(indices[mask].tolist()) == list(expected)
             for row, name in enumerate(self.rows):
-                assert keys[row, 0, seen, 0].tolist() == [name * ROW + index for index in indices[seen].tolist()]
-                assert values[row, 0, seen, 1].tolist() == [0.5 - name * ROW - i for i in indices[seen].tolist()]
+                assert keys[row, 0, mask, 0].tolist() == [name * ROW + index for index in indices[mask].tolist()]
+                assert values[row, 0, mask, 1].tolist() == [0.5 - name * ROW - i for i in indices[mask].tolist()]
         self.check_buffer()
 
     def first_visible(self, position: int) -> int:
         return 0 if self.window is None else max(0, position - self.window + 1)
 
     def check_buffer(self) -> None:
-        """Every token that the next query can see lies in its slot."""
+        """Every token that is visible to the next query lies in its slot."""
         slots = self.layer.key_buffer.shape[2]
         for position in range(self.first_visible(self.length), self.length):
             assert self.layer.key_buffer[:, 0, position % slots, 0].tolist() == [n * ROW + position for n in self.rows]
@@ -117,7 +117,7 @@ def test_any_sequence_of_operations_keeps_what_queries_see(window: int | None, o
 
 
 def crop(model: ListModel, count: int) -> None:
-    """Crop where the layer can; where it cannot, it must say so and change nothing."""
+    """Crop the layer if it can; if it cannot, it must raise an error and stay unchanged."""
     layer = model.layer
     remaining = model.length - count
     if remaining < 0 or layer.oldest > model.first_visible(remaining):
@@ -131,8 +131,8 @@ def crop(model: ListModel, count: int) -> None:
         model.check_buffer()
 
 
-def test_the_worked_example() -> None:
-    """W=4, a prompt of six tokens and one step: the docstring's numbers, slot by slot."""
+def test_slots_match_the_worked_example() -> None:
+    """W=4, a prompt of six tokens and one step: the numbers of the docstring, slot by slot."""
     layer = RollingLayer(4)
     layer.update(states([0], 0, 6), states([0], 0, 6))
     assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 2, 3]
@@ -142,7 +142,7 @@ def test_the_worked_example() -> None:
 
 @pytest.mark.parametrize("window", [1, 4, 16, None])
 @pytest.mark.parametrize("chunk", [1, 3, 4, 5, 11])
-def test_static_layer_shows_queries_the_same(window: int | None, chunk: int) -> None:
+def test_a_static_layer_shows_queries_the_same_keys(window: int | None, chunk: int) -> None:
     model = ListModel(StaticRollingLayer(40, window), window, [1, 2])
     for count in (chunk, 1, 1, chunk, 1, 1, 1):
         model.update(count)
@@ -153,7 +153,7 @@ def test_static_layer_shows_queries_the_same(window: int | None, chunk: int) -> 
     assert model.layer.key_buffer.data_ptr() == address
 
 
-def test_static_layer_refuses_what_it_cannot_do() -> None:
+def test_a_static_layer_refuses_overflows_and_crops() -> None:
     layer = StaticRollingLayer(8, None)
     with pytest.raises(ValueError, match=r"9 tokens do not fit a static cache of 8"):
         layer.update(states([0], 0, 9), states([0], 0, 9))
@@ -164,7 +164,7 @@ def test_static_layer_refuses_what_it_cannot_do() -> None:
         RollingCache(MistralConfig(num_hidden_layers=1), max_cache_len=0)
 
 
-def test_static_reorder_keeps_addresses() -> None:
+def test_reordering_a_static_layer_keeps_its_address() -> None:
     layer = StaticRollingLayer(8, 4)
     layer.update(states([1, 2], 0, 3), states([1, 2], 0, 3))
     address = layer.key_buffer.data_ptr()
@@ -175,7 +175,7 @@ def test_static_reorder_keeps_addresses() -> None:
 
 @pytest.mark.parametrize("count", [1, 5, MAX_SLACK])
 def test_recording_makes_a_crop_possible(count: int) -> None:
-    """What came since the last crop can be taken back, and decoding goes on as if it had never been there."""
+    """The tokens since the last crop can be removed, and decoding continues as if they had never been added."""
     model = ListModel(RollingLayer(16), 16, [1])
     model.layer.activate_past_recording()
     model.update(50)
@@ -212,7 +212,7 @@ def test_growth_is_by_doubling_and_ends_at_the_window() -> None:
     assert len(addresses) == 1
 
 
-def test_without_a_window_a_step_copies_nothing_but_when_it_doubles() -> None:
+def test_without_a_window_a_step_copies_only_when_the_buffer_doubles() -> None:
     layer = RollingLayer(None)
     addresses = []
     for position in range(1000):
@@ -236,7 +236,7 @@ def test_after_a_prefill_nothing_keeps_the_prompt(make: Callable[[], Any]) -> No
 
 
 def test_decoding_copies_no_buffer() -> None:
-    """Past the window a step writes one token's keys and values and no more: counted in bytes."""
+    """Past the window, a step writes only the bytes of one token's keys and values."""
     layer = RollingLayer(64)
     layer.update(states([0, 1], 0, 100), states([0, 1], 0, 100))
     token = states([0, 1], 100, 1)
@@ -246,7 +246,7 @@ def test_decoding_copies_no_buffer() -> None:
 
 
 class ByteCounter(torch.utils._python_dispatch.TorchDispatchMode):
-    """Bytes of all results that are no views."""
+    """Bytes of all results that are not views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,7 +273,7 @@ def test_another_batch_is_refused_until_reset() -> None:
 
 
 def test_gradients_flow_through_the_cache() -> None:
-    """Writing in place must not disturb what autograd has saved: several chunks and steps, against one call."""
+    """Writes in place leave the tensors that autograd saved intact: several chunks and steps, against one call."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 1, 12, 4, dtype=torch.float64, requires_grad=True)
     layer, results = RollingLayer(5), []
@@ -299,7 +299,7 @@ def test_a_buffer_of_inference_mode_can_be_continued_outside() -> None:
 
 
 def test_gathered_replicas_make_one_cache() -> None:
-    """What DataParallel does: zip the caches, concatenate along the batch, build the type anew."""
+    """As DataParallel does: zip the caches, concatenate along the batch, call the type with the result."""
     config = MistralConfig(num_hidden_layers=2, sliding_window=4)
     replicas = []
     for rows in ([1, 2], [3]):
@@ -318,7 +318,7 @@ def test_gathered_replicas_make_one_cache() -> None:
         model.update(1)
 
 
-def test_offload_and_early_initialization() -> None:
+def test_early_initialization_and_offloading_keep_a_cache_usable() -> None:
     cache = RollingCache(MistralConfig(num_hidden_layers=2, sliding_window=4))
     cache.early_initialization(2, 1, 2, torch.float32, torch.device("cpu"))
     assert cache.is_initialized

@@ -1,52 +1,27 @@
-"""FlashAttention-2 through stand-ins for its kernels, against eager attention; what is refused; whose the kernels are.
+"""FlashAttention-2 through stand-in kernels matches eager attention, and refuses inputs that it cannot handle.
 
-Structure is compared in float32, which the stand-ins take only here, so that differences are those of the masks.
+Masks are compared in float32, which the stand-ins accept only with the fixture `exact`: differences then come from the
+masks, not from rounding.
 """
 
 import copy
-import importlib.metadata
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from mistral_hf import MistralConfig, MistralForCausalLM, RollingCache, cli
-from mistral_hf.torch import flash_kernels
+from mistral_hf import MistralForCausalLM, RollingCache
 from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
-from mistral_hf.torch.flash_kernels import KeyRangePlan, PackageKernels, TorchKernels, VarlenPlan
+from mistral_hf.torch.flash_kernels import PackageKernels, TorchKernels, VarlenPlan
 from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
+from tests.helpers.flash_attention import KERNELS, NAME, OLD_PACKAGE, shapes_only, use
 from tests.helpers.layouts import layout_of
 
-NAME = "flash_attention_2"
-KERNELS = {
-    "package": PackageKernels(standin.PACKAGE, "2.8.3", "cpu"),
-    "torch": TorchKernels(standin.VARLEN, "cpu"),
-    "torch 2.11": TorchKernels(standin.VARLEN_2_11, "cpu"),
-}
-OLD_PACKAGE = PackageKernels(standin.PACKAGE_2_3, "2.3.0", "cpu")
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8, 100])
-
-
-def use(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "_kernels", kernels)
-
-
-@pytest.fixture(params=KERNELS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    use(KERNELS[request.param], monkeypatch)
-    return KERNELS[request.param]
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flash_kernels, "DTYPES", (*flash_kernels.DTYPES, torch.float32))
-    monkeypatch.setattr(standin, "DTYPES", [*standin.DTYPES, torch.float32])
 
 
 @pytest.fixture
@@ -61,15 +36,16 @@ def pair(make_model: Any) -> Any:
 
 
 def padding(side: str, length: int) -> Tensor:
-    """Masks of a row with all tokens, one with some padding, one with much."""
-    places = torch.arange(length).expand(3, -1)
+    """Masks of a row with all tokens, one with little padding and one with much, ``[3, length]``."""
+    indices = torch.arange(length).expand(3, -1)
     counts = torch.tensor([[length], [length - 5], [2]])
     if side == "both":
-        return ((places >= 2) & (places < counts + (counts == 2))).long()
-    return (places >= length - counts if side == "left" else places < counts).long()
+        return ((indices >= 2) & (indices < counts + (counts == 2))).long()
+    return (indices >= length - counts if side == "left" else indices < counts).long()
 
 
 def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> None:
+    """Logits ``[B, S, V]`` are close, where the tokens ``[B, S]`` are real."""
     if real is not None:
         found, expected = found * real[..., None], expected * real[..., None]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
@@ -77,8 +53,10 @@ def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> 
 
 @WINDOWS
 @pytest.mark.parametrize("side", ["none", "left", "right", "both"])
-def test_forward_and_backward(side: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
-    """Any padding without a cache, and with the one that forward makes by itself."""
+def test_forward_and_backward_match_eager_attention(
+    side: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
+    """With any padding, without a cache and with the one that `forward` makes."""
     ids = torch.randint(1, 99, (3, 19))
     mask = None if side == "none" else padding(side, 19)
     real = torch.ones(3, 19) if mask is None else mask
@@ -94,8 +72,10 @@ def test_forward_and_backward(side: str, window: int | None, kernels: Any, exact
 
 @pytest.mark.parametrize("how", ["positions", "bounds", "both"])
 @WINDOWS
-def test_packed_sequences(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
-    """The library's flattening collator: each sequence gives what it gives alone, with its gradient."""
+def test_packed_sequences_are_computed_as_if_alone(
+    how: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
+    """Sequences of the flattening collator have the same logits as alone, and all weights get gradients."""
     features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
     batch = DataCollatorWithFlattening(
         return_flash_attn_kwargs=how != "positions", return_position_ids=how != "bounds"
@@ -108,7 +88,7 @@ def test_packed_sequences(how: str, window: int | None, kernels: Any, exact: Non
     assert all(weight.grad is not None for weight in ours.parameters())
 
 
-def test_bounds_are_of_one_row(kernels: Any, exact: None, pair: Any) -> None:
+def test_bounds_of_packed_sequences_need_a_single_row(kernels: Any, exact: None, pair: Any) -> None:
     bounds = torch.tensor([0, 3, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="one row, but there are 2 rows"):
         pair()[0](torch.ones(2, 6, dtype=torch.long), cu_seq_lens_q=bounds)
@@ -128,8 +108,10 @@ GENERATION = {
 
 @pytest.mark.parametrize("window", [None, 1, 8])
 @pytest.mark.parametrize("how", GENERATION)
-def test_generation_across_the_wrap(how: str, window: int | None, kernels: Any, exact: None, pair: Any) -> None:
-    """Greedily or with beams, left-padded or not: the same tokens."""
+def test_generation_across_the_wrap_matches_eager_attention(
+    how: str, window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
+    """The tokens are equal, greedily or with beams, left-padded or not."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 17))
     masks = [padding("left", 17), torch.ones_like(ids)]
@@ -145,10 +127,10 @@ def test_generation_across_the_wrap(how: str, window: int | None, kernels: Any, 
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache, RollingCache])
 @pytest.mark.parametrize("side", ["left", "none"])
 @pytest.mark.parametrize("counts", [(4, 7, 1, 1, 2, 1), (1, 1, 20, 1, 1)])
-def test_steps_and_chunks_with_any_cache(
+def test_steps_and_chunks_with_any_cache_match_eager_attention(
     make: Any, side: str, counts: tuple[int, ...], kernels: Any, exact: None, pair: Any
 ) -> None:
-    """Logits of every call, among them those of the library's caches, which hold more than the window."""
+    """Logits of every call, also with the library's caches, which hold more than the window."""
     for window in (None, 3, 8):
         ours, eager = pair(sliding_window=window)
         ids = torch.randint(1, 99, (3, sum(counts)))
@@ -166,8 +148,10 @@ def test_steps_and_chunks_with_any_cache(
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_step_with_gradients(window: int | None, kernels: Any, exact: None, pair: Any) -> None:
-    """Where the kernels' decoding functions have no backward pass, others take their place."""
+def test_a_step_with_gradients_matches_eager_attention(
+    window: int | None, kernels: Any, exact: None, pair: Any
+) -> None:
+    """The decoding functions of the kernels have no backward pass, so others are used."""
     ours, eager = pair(sliding_window=window)
     ids = torch.randint(1, 99, (3, 12))
     gradients = []
@@ -182,7 +166,7 @@ def test_a_step_with_gradients(window: int | None, kernels: Any, exact: None, pa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_as_close_as_eager(dtype: torch.dtype, kernels: Any, pair: Any) -> None:
-    """Distance from the float32 logits of the same rounded weights, forward and decoding past the window."""
+    """Both are compared with float32 logits of the same rounded weights, in prefill and decoding past the window."""
     ours, eager = (model.to(dtype) for model in pair())
     truth = copy.deepcopy(eager).float()
     ids, mask = torch.randint(1, 99, (3, 30)), padding("left", 30)
@@ -200,7 +184,7 @@ def test_half_precision_is_as_close_as_eager(dtype: torch.dtype, kernels: Any, p
     assert distances[0] <= 1.3 * distances[1]
 
 
-def test_autocast_takes_its_dtype(kernels: Any, pair: Any) -> None:
+def test_autocast_decides_the_dtype(kernels: Any, pair: Any) -> None:
     ours, eager = (model.bfloat16() for model in pair())
     ids = torch.randint(1, 99, (2, 12))
     with torch.autocast("cpu", torch.float16):
@@ -209,7 +193,7 @@ def test_autocast_takes_its_dtype(kernels: Any, pair: Any) -> None:
 
 
 class Spy:
-    """The package's or PyTorch's decoding function, which notes where the keys that it got lie."""
+    """A decoding function of the kernels that records the addresses of its keys."""
 
     def __init__(self, function: Any, monkeypatch: pytest.MonkeyPatch, kernels: Any) -> None:
         self.addresses: list[int] = []
@@ -228,7 +212,7 @@ class Spy:
 def test_a_step_reads_the_buffer_itself(
     static: bool, padded: bool, filled: int, kernels: Any, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before, at and after the wrap, the kernels get the buffers of all layers, and empty slots are not read."""
+    """The kernels get the buffers of all layers before, at and after the wrap, and do not read empty slots."""
     ours, _ = pair(sliding_window=8)
     cache = RollingCache(ours.config, max_cache_len=64 if static else None)
     ids = torch.randint(1, 99, (3, filled + 1))
@@ -244,35 +228,15 @@ def test_a_step_reads_the_buffer_itself(
     assert logits.isfinite().all()
 
 
-def shapes_only(*, torch_like: bool) -> Any:
-    """Kernels that compute nothing, for tensors without data."""
-
-    def with_cache(
-        q: Tensor, k: Tensor, v: Tensor, *, cache_leftpad: Any = None, return_softmax_lse: bool = False, **options: Any
-    ) -> Any:
-        return (q, q.new_empty(len(q), q.shape[2], 1)) if return_softmax_lse else q
-
-    def varlen(
-        q: Tensor, *states: Any, return_aux: Any = None, window_size: Any = None, seqused_k: Any = None, **options: Any
-    ) -> Any:
-        return q if return_aux is None else (q, q.new_empty(q.shape[1], len(q)))
-
-    if torch_like:
-        return TorchKernels(SimpleNamespace(varlen_attn=varlen, AuxRequest=standin.AuxRequest), "meta")
-    return PackageKernels(
-        SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_with_kvcache=with_cache), "1", "meta"
-    )
-
-
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", NAME])
 @pytest.mark.parametrize("torch_like", [False, True])
 @pytest.mark.parametrize("filled", [5, 40])
 def test_no_step_waits_for_an_accelerator(
     implementation: str, torch_like: bool, filled: int, exact: None, make_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the meta device, where reading a value fails."""
+    """On the meta device, where reading a value raises."""
     use(shapes_only(torch_like=torch_like), monkeypatch)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # knows no meta device
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # raises for the meta device
     model = make_model("ForCausalLM", implementation, head_dim=16).to("meta")
     cache = RollingCache(model.config)
     for layer in range(2):
@@ -285,16 +249,6 @@ def test_no_step_waits_for_an_accelerator(
             bool(mask.any())
 
 
-def test_plans_are_made_once(kernels: Any) -> None:
-    """What the layers of a step need is computed with the first of them."""
-    hidden = torch.empty(2, 1, 0, dtype=torch.bfloat16)
-    with torch.no_grad():
-        plan = make_mask(NAME, hidden, layout_of(KeyLayout(9, 2, 8, 8), torch.ones(2, 10, dtype=torch.bool)), 8)
-    assert isinstance(plan, KeyRangePlan)
-    assert plan.flat_ranges(2, 8) is plan.flat_ranges(2, 8)
-    assert plan.contiguous() is plan
-
-
 @pytest.mark.parametrize(
     ("query", "slots", "window", "padded", "expected"),
     [
@@ -302,14 +256,16 @@ def test_plans_are_made_once(kernels: Any) -> None:
         (9, 8, 8, 0, [8, None]),  # wrapped: all slots
         (4, 8, 8, 2, [2, 3, 4]),
         (7, 8, 8, 3, [3, 4, 5, 6, 7]),
-        (9, 8, 8, 3, [0, 1, 3, 4, 5, 6, 7]),  # position 2, in slot 2, is padding still
+        (9, 8, 8, 3, [0, 1, 3, 4, 5, 6, 7]),  # position 2, in slot 2, is still padding
         (10, 8, 8, 3, [0, 1, 2, 3, 4, 5, 6, 7]),
         (20, 8, 8, 19, [3, 4]),  # more padding than slots
         (9, 8, 3, 0, [0, 1, 7]),  # more slots than the window
         (3, 8, None, 2, [2, 3]),
     ],
 )
-def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, padded: int, expected: list[Any]) -> None:
+def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
+    query: int, slots: int, window: int | None, padded: int, expected: list[Any]
+) -> None:
     real = torch.arange(query + 1)[None] >= padded
     with torch.no_grad():
         layout = KeyLayout(torch.tensor(query), 0, slots, slots, cached=True)
@@ -322,59 +278,20 @@ def test_which_slots_a_query_sees(query: int, slots: int, window: int | None, pa
     assert [slot for start, length in pairs for slot in range(start, start + length)] == expected
 
 
-@pytest.mark.parametrize("layout", ["buffer", "part of one", "tokens first", "one token", "repeated rows"])
-def test_keys_in_any_layout(layout: str, kernels: Any, exact: None) -> None:
-    """A view of what lies like a buffer, a copy of what does not."""
-    buffers = [torch.randn(3, 2, 8, 16) for _ in "kv"]
-    if layout == "part of one":
-        buffers = [buffer[:, :, :5] for buffer in buffers]
-    elif layout == "tokens first":
-        buffers = [buffer.transpose(1, 2).contiguous().transpose(1, 2) for buffer in buffers]
-    elif layout == "one token":
-        buffers = [torch.randn(3, 1, 2, 16).transpose(1, 2) for _ in "kv"]
-    elif layout == "repeated rows":
-        buffers = [buffer[:1].expand(3, -1, -1, -1) for buffer in buffers]
-    query, total = torch.randn(3, 4, 16), buffers[0].shape[2]
-    lengths = torch.tensor([[total], [1], [0]], dtype=torch.int32)
-    plan = KeyRangePlan(torch.zeros_like(lengths), lengths, {})
-    found = kernels.ranges(query, *buffers, plan, 0.25)
-    for row, count in enumerate(lengths.flatten().tolist()):
-        k, v = (buffer[row, :, :count].transpose(0, 1) for buffer in buffers)
-        expected, _ = standin.attend(query[row][None], k, v, 0.25, (-1, -1), False)
-        torch.testing.assert_close(found[row], expected[0])
-    _, slots = flash_kernels._as_rows(buffers[0])
-    assert slots == (8 if layout in ("buffer", "part of one") else total)
+def test_several_queries_get_a_varlen_plan(kernels: Any) -> None:
+    layout = KeyLayout(0, 0, 4)
+    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)
 
 
-def test_merging_ranges() -> None:
-    """Two ranges attended to on their own are the whole; empty ones have no part in it."""
-    q, k, v = torch.randn(1, 2, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
-    whole, _ = standin.attend(q, k, v, 0.3, (-1, -1), False)
-    for cut in (0, 4, 9):
-        parts = [standin.attend(q, k[span], v[span], 0.3, (-1, -1), False) for span in (slice(cut), slice(cut, None))]
-        outputs = torch.stack([output for output, _ in parts], dim=1)
-        logsumexp = torch.stack([logsumexp[:, 0] for _, logsumexp in parts])[None]
-        merged = flash_kernels.merge(outputs, logsumexp, torch.tensor([[cut, 9 - cut]]))
-        torch.testing.assert_close(merged, whole)
-    empty = flash_kernels.merge(outputs, logsumexp, torch.zeros(1, 2))
-    assert torch.equal(empty, torch.zeros_like(empty))
-
-
-# What is refused.
+# Choosing this implementation, and what it refuses.
 
 
 def load(folder: Any, **options: Any) -> Any:
     return MistralForCausalLM.from_pretrained(folder, attn_implementation=NAME, **options)
 
 
-@pytest.fixture
-def flash_checkpoint(make_model: Any, tmp_path: Any) -> Any:
-    make_model("ForCausalLM", "sdpa", head_dim=16).save_pretrained(tmp_path)
-    return tmp_path
-
-
-def test_loading(kernels: Any, flash_checkpoint: Any) -> None:
-    """By name, by setting it later, and for a model around ours; nothing of the library's takes its place."""
+def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_checkpoint: Any) -> None:
+    """The name reaches the inner model, and the library's kernels do not replace ours."""
     model = load(flash_checkpoint, dtype="bfloat16")
     assert model.config._attn_implementation == model.model.config._attn_implementation == NAME
     with torch.no_grad():
@@ -390,12 +307,6 @@ def test_loading(kernels: Any, flash_checkpoint: Any) -> None:
 def test_loading_in_float32_is_refused(kernels: Any, flash_checkpoint: Any) -> None:
     with pytest.raises(ValueError, match=r"not in torch\.float32: load the model with dtype='bfloat16'"):
         load(flash_checkpoint, dtype="float32")
-
-
-@pytest.mark.parametrize("head_dim", [12, 264])
-def test_head_dims_are_checked(head_dim: int, kernels: Any, make_model: Any) -> None:
-    with pytest.raises(ValueError, match=f"at most 256 elements, not head_dim={head_dim}"):
-        make_model("ForCausalLM", NAME, head_dim=head_dim)
 
 
 def test_later_versions_go_through_the_library(kernels: Any, flash_checkpoint: Any) -> None:
@@ -418,7 +329,7 @@ def test_right_padding_is_refused_with_a_cache(kernels: Any, pair: Any) -> None:
     ids, mask = torch.randint(1, 99, (3, 12)), padding("right", 12)
     with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values  # right, but not to be continued
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values  # allowed, but not to be continued
     with pytest.raises(ValueError, match=r'set tokenizer\.padding_side = "left"'), torch.no_grad():
         model(ids[:, :1], attention_mask=torch.nn.functional.pad(mask, (0, 1), value=1), past_key_values=cache)
 
@@ -434,7 +345,7 @@ def test_padding_amid_a_window_is_refused(kernels: Any, exact: None, pair: Any) 
         ours(ids, attention_mask=torch.zeros_like(mask))
 
 
-def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
+def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any) -> None:
     model, ids = pair()[0].bfloat16(), torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="cannot return attention weights: choose attn_implementation='eager'"):
         model(ids, output_attentions=True)
@@ -442,23 +353,10 @@ def test_what_flash_attention_has_not(kernels: Any, pair: Any) -> None:
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_dropout(kernels: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_model("ForCausalLM", NAME, head_dim=16, attention_dropout=0.25).bfloat16().train()
-    ids = torch.ones(1, 3, dtype=torch.long)
-    if isinstance(kernels, TorchKernels):
-        with pytest.raises(ValueError, match=r"no dropout: set attention_dropout=0 \(it is 0.25\), or install"):
-            model(ids)
-        return
-    seen = []
-    varlen = kernels.varlen
-    monkeypatch.setattr(kernels, "varlen", lambda *a, dropout_p, **o: (seen.append(dropout_p), varlen(*a, **o))[1])
-    model(ids)
-    model.eval()(ids)
-    assert seen == [0.25, 0.25, 0.0, 0.0]
-
-
-def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without padding it decodes; the padding of cached keys it cannot leave out, and says so."""
+def test_the_oldest_package_decodes_without_padding_only(
+    exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot skip the padding of cached keys, which is refused."""
     use(OLD_PACKAGE, monkeypatch)
     ours, eager = pair()
     ids = torch.randint(1, 99, (3, 11))
@@ -469,119 +367,19 @@ def test_the_oldest_package(exact: None, pair: Any, monkeypatch: pytest.MonkeyPa
         ours.generate(ids, attention_mask=padding("left", 11), **options)
 
 
-# Where the kernels come from.
-
-
-def test_info_names_them(kernels: Any) -> None:
-    assert cli._backend_state(NAME) == f"usable: {kernels.name}"
-
-
-@pytest.fixture
-def nothing_found(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    use(None, monkeypatch)
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    monkeypatch.setattr(flash_kernels, "version", not_installed)
-    return monkeypatch
-
-
-def not_installed(package: str) -> str:
-    raise importlib.metadata.PackageNotFoundError(package)
-
-
-def test_no_kernels(nothing_found: Any, flash_checkpoint: Any) -> None:
-    with pytest.raises(ImportError, match=r"install the package flash_attn, version 2\.3\.0 or later .* PyTorch 2\.11"):
-        load(flash_checkpoint, dtype="bfloat16")
-
-
-def test_the_package_comes_first(nothing_found: Any) -> None:
-    nothing_found.setattr(flash_kernels, "version", lambda package: "2.8.3")
-    nothing_found.setattr(flash_kernels.importlib, "import_module", lambda name: standin.PACKAGE)
-    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert flash_kernels.find_kernels().name == "flash_attn 2.8.3"
-    assert flash_kernels.find_kernels() is flash_kernels.find_kernels()
-
-
-def test_pytorch_comes_second(nothing_found: Any) -> None:
-    nothing_found.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    found = flash_kernels.find_kernels()
-    assert isinstance(found, TorchKernels)
-    assert found.name == f"torch.nn.attention.varlen of PyTorch {torch.__version__}"
-
-
-def test_an_old_package_is_no_package(nothing_found: Any) -> None:
-    nothing_found.setattr(flash_kernels, "version", lambda package: "2.2.5")
-    with pytest.raises(ImportError, match=r"flash_attn 2\.2\.5 is older than 2\.3\.0"):
-        flash_kernels.find_kernels()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
-    with pytest.raises(ValueError, match="needs a CUDA device, and there is none: choose 'sdpa'"):
-        MistralForCausalLM(MistralConfig(attn_implementation=NAME, num_hidden_layers=0))
-
-
-def test_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(PackageKernels(standin.PACKAGE, "2.8.3"), monkeypatch)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    with pytest.raises(ValueError, match=r"8\.0 \(Ampere\) or later, not 7\.5"):
-        flash_kernels.check_model(torch.bfloat16, 128)
-
-
 # Compiled decoding.
-
-
-@library.custom_op("mistral_hf_tests::varlen", mutates_args=())
-def varlen_operator(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, used: Tensor, max_k: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    return standin.varlen(query, key, value, cu_q, cu_k, 1, max_k, scale, (-1, -1), False, used)
-
-
-@varlen_operator.register_fake
-def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[1], len(query), dtype=torch.float32)
-
-
-def compiled_varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_q: Tensor,
-    cu_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: Any = None,
-    scale: float,
-    window_size: Any = (-1, -1),
-    enable_gqa: bool = False,
-    seqused_k: Tensor,
-) -> Any:
-    """The stand-in as an operator, as PyTorch's function is one."""
-    output, logsumexp = varlen_operator(query, key, value, cu_q, cu_k, seqused_k, max_k, scale)
-    return (output, logsumexp) if return_aux is not None else output
-
-
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["package", "torch"])
-def test_one_graph_of_a_static_step(
+def test_a_static_step_compiles_to_one_graph(
     source: str, padded: bool, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without breaks, and the same before, at and after the wrap, in two sequences of different length."""
+    """It has no breaks, and the same logits before, at and after the wrap, in two sequences of different lengths."""
     step_kernels: Any = KERNELS[source]
     if source == "torch":
-        module = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=standin.AuxRequest)
-        step_kernels = TorchKernels(module, "cpu")
+        step_kernels = TorchKernels(standin.VARLEN_OPERATOR, "cpu")
     use(step_kernels, monkeypatch)
     ours, eager = pair()
     counter = CompileCounter()
@@ -596,67 +394,13 @@ def test_one_graph_of_a_static_step(
             use(KERNELS[source], monkeypatch)  # the prompt's attention is not compiled
             ours(ids[:, :prompt], attention_mask=mask[:, :prompt], past_key_values=cache)
             use(step_kernels, monkeypatch)
-            for place in range(prompt, 20):
+            for index in range(prompt, 20):
                 plan = ours.create_masks_for_generate(
-                    ours.config, torch.empty(3, 1, 0), mask[:, : place + 1] if padded else None, cache
+                    ours.config, torch.empty(3, 1, 0), mask[:, : index + 1] if padded else None, cache
                 )
-                positions = mask[:, : place + 1].sum(dim=-1, keepdim=True) - 1
+                positions = mask[:, : index + 1].sum(dim=-1, keepdim=True) - 1
                 logits = step(
-                    ids[:, place : place + 1], attention_mask=plan, position_ids=positions, past_key_values=cache
+                    ids[:, index : index + 1], attention_mask=plan, position_ids=positions, past_key_values=cache
                 ).logits
-                assert_same(logits, expected[:, place : place + 1])
+                assert_same(logits, expected[:, index : index + 1])
     assert counter.frame_count == 1
-
-
-# The stand-ins refuse what the kernels refuse.
-
-
-def states(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, dtype=dtype)
-
-
-INT = torch.int32
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"q": states(4, 4, 16, dtype=torch.float32)}, "fp16 and bf16"),
-        ({"k": states(4, 2, 16, dtype=torch.float16)}, "dtypes differ"),
-        ({"q": states(4, 16, 4).transpose(1, 2)}, "not contiguous"),
-        ({"q": states(4, 4, 12), "k": states(4, 2, 12), "v": states(4, 2, 12)}, "multiple of 8"),
-        ({"k": states(4, 3, 16), "v": states(4, 3, 16)}, "do not divide"),
-        ({"cu_seqlens_q": torch.tensor([0, 4])}, "not int32"),
-        ({"cu_seqlens_q": torch.tensor([0, 3], dtype=INT)}, "do not end"),
-        ({"cu_seqlens_k": torch.tensor([0, 3], dtype=INT)}, "do not cover"),
-        ({"max_seqlen_q": 3}, "too many queries"),
-        ({"max_seqlen_k": torch.tensor(4)}, "no int"),
-        ({"window_size": (-2, 0)}, "window"),
-        ({"window_size": (3, 5)}, "no right side"),
-    ],
-)
-def test_the_stand_in_refuses(change: dict[str, Any], message: str) -> None:
-    bounds = torch.tensor([0, 4], dtype=INT)
-    arguments = {"q": states(4, 4, 16), "k": states(4, 2, 16), "v": states(4, 2, 16), "causal": True}
-    arguments |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": 4, "max_seqlen_k": 4}
-    standin.flash_attn_varlen_func(**arguments)
-    with pytest.raises(AssertionError, match=message):
-        standin.flash_attn_varlen_func(**(arguments | change))
-
-
-def test_the_stand_in_is_attention() -> None:
-    """Against PyTorch's own function, and a window counts as documented."""
-    q, k, v = states(5, 4, 16), states(7, 2, 16), states(7, 2, 16)
-    bounds = [torch.tensor([0, count], dtype=INT) for count in (5, 7)]
-    for window in ((-1, -1), (2, 0)):
-        found = standin.flash_attn_varlen_func(q, k, v, *bounds, 5, 7, causal=True, window_size=window)
-        distance = torch.arange(5)[:, None] + 2 - torch.arange(7)
-        mask = (distance >= 0) & (distance <= (2 if window[0] == 2 else 99))
-        batch = (tensor.transpose(0, 1)[None].float() for tensor in (q, k, v))
-        expected = torch.nn.functional.scaled_dot_product_attention(*batch, attn_mask=mask, enable_gqa=True)
-        torch.testing.assert_close(found.float(), expected[0].transpose(0, 1), rtol=2e-2, atol=2e-2)
-
-
-def test_plans_are_of_these_types(kernels: Any) -> None:
-    layout = KeyLayout(0, 0, 4)
-    assert isinstance(make_mask(NAME, torch.empty(1, 4, 0), layout_of(layout), 3), VarlenPlan)

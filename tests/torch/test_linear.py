@@ -1,4 +1,4 @@
-"""Linear layers: the values and gradients of their own call, when that call is made, and long prompts in pieces."""
+"""Linear layers: values and gradients, which layers are called as modules, and long prompts in pieces."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from mistral_hf.torch import linear as linear_module
 from mistral_hf.torch.linear import linear, project
 from tests.helpers.operators import Recorder
 
-WITHIN_ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+WITHIN_ROUNDING: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def operators_of(work: Callable[[], Any]) -> set[str]:
@@ -28,7 +28,7 @@ def layer_of(outputs: int = 36, inputs: int = 48) -> nn.Linear:
 
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (1, 2, 48), (8, 1, 48), (3, 5, 48), (2, 3, 4, 48)])
 @pytest.mark.parametrize("outputs", [36, 7, 8])
-def test_values_and_gradients(shape: tuple[int, ...], outputs: int) -> None:
+def test_values_and_gradients_match_the_exact_product(shape: tuple[int, ...], outputs: int) -> None:
     layer, states = layer_of(outputs), torch.randn(shape, requires_grad=True)
     found = linear(layer, states)
     weight, exact = layer.weight.double(), states.double()
@@ -40,7 +40,7 @@ def test_values_and_gradients(shape: tuple[int, ...], outputs: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 6])
-def test_strided_states_and_gradients(rows: int) -> None:
+def test_strided_states_match_the_layer(rows: int) -> None:
     layer = layer_of()
     wide = torch.randn(rows, 96, requires_grad=True)
     for states in (wide[:, ::2], wide[:, 48:], torch.randn(48, rows, requires_grad=True).t()):
@@ -52,7 +52,7 @@ def test_strided_states_and_gradients(rows: int) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["weight", "states"])
-def test_only_the_gradients_that_are_needed(frozen: str) -> None:
+def test_only_needed_gradients_are_computed(frozen: str) -> None:
     layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=frozen != "states")
     layer.requires_grad_(frozen != "weight")
     linear(layer, states).sum().backward()
@@ -60,7 +60,7 @@ def test_only_the_gradients_that_are_needed(frozen: str) -> None:
     assert (layer.weight.grad is None) == (frozen == "weight")
 
 
-def test_gradients_of_gradients() -> None:
+def test_second_derivatives_match_the_layer() -> None:
     layer, states = layer_of(), torch.randn(2, 3, 48, requires_grad=True)
 
     def second(product: Callable[[nn.Module, Tensor], Tensor]) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_which_product_is_used() -> None:
+def test_one_row_uses_bmm_and_several_rows_use_onednn() -> None:
     layer = layer_of()
     with torch.no_grad():
         assert "aten::bmm" in operators_of(lambda: linear(layer, torch.randn(1, 1, 48)))
@@ -80,7 +80,7 @@ def test_which_product_is_used() -> None:
 
 
 class Wrapped(nn.Linear):
-    """As adapters and quantized layers are made."""
+    """A subclass, as adapters and quantized layers are."""
 
 
 def hooked(kind: str) -> nn.Linear:
@@ -95,7 +95,7 @@ def overridden() -> nn.Linear:
     return layer
 
 
-SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
+CALLED_AS_MODULES: dict[str, Callable[[], nn.Linear]] = {
     "bias": lambda: nn.Linear(48, 36),
     "subclass": lambda: Wrapped(48, 36, bias=False),
     "bfloat16": lambda: layer_of().bfloat16(),
@@ -104,41 +104,41 @@ SIMPLY_CALLED: dict[str, Callable[[], nn.Linear]] = {
     "forward pre-hook": lambda: hooked("forward_pre"),
     "backward hook": lambda: hooked("full_backward"),
     "backward pre-hook": lambda: hooked("full_backward_pre"),
-    "forward of its own": overridden,
+    "custom forward": overridden,
 }
 
 
-@pytest.mark.parametrize("kind", SIMPLY_CALLED)
-def test_layers_that_are_simply_called(kind: str) -> None:
-    layer = SIMPLY_CALLED[kind]()
+@pytest.mark.parametrize("kind", CALLED_AS_MODULES)
+def test_layers_that_are_not_plain_are_called_as_modules(kind: str) -> None:
+    layer = CALLED_AS_MODULES[kind]()
     states = torch.randn(2, 3, 48, dtype=layer.weight.dtype)
     with torch.no_grad():
         assert torch.equal(linear(layer, states), layer(states))
-        if kind != "bfloat16":  # whose own product is oneDNN's
+        if kind != "bfloat16":  # its plain product is also oneDNN's
             assert "mkldnn::_linear_pointwise" not in operators_of(lambda: linear(layer, states))
 
 
 def test_a_global_hook_sees_every_layer() -> None:
-    seen: list[nn.Module] = []
+    called: list[nn.Module] = []
     layer = layer_of()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: called.append(module))
     try:
         linear(layer, torch.randn(2, 3, 48))
     finally:
         handle.remove()
-    assert seen == [layer]
+    assert called == [layer]
 
 
-def test_autocast() -> None:
+def test_autocast_decides_the_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(layer_of(), torch.randn(2, 3, 48)).dtype == torch.bfloat16
 
 
-def test_no_tokens() -> None:
+def test_no_tokens_give_an_empty_result() -> None:
     assert linear(layer_of(), torch.empty(2, 0, 48)).shape == (2, 0, 36)
 
 
-def test_transforms_of_functions() -> None:
+def test_function_transforms_match_the_layer() -> None:
     layer, states = layer_of(), torch.randn(4, 3, 48)
 
     def work(states: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def test_compiled_and_exported_programs_hold_the_plain_product() -> None:
     torch.testing.assert_close(compiled(states), layer(states), **WITHIN_ROUNDING)
 
 
-def test_a_model_uses_them_and_its_hooks_are_called(make_model: Any, token_ids: Any) -> None:
+def test_a_model_uses_the_fast_products_and_calls_its_hooks(make_model: Any, token_ids: Any) -> None:
     model = make_model().eval()
     ids = token_ids(2, 5)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lengths_seen_by_transforms(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Gets the length of every input that a feed-forward layer transforms together."""
+    """A list that gets the length of every input that a feed-forward layer transforms together."""
     lengths: list[int] = []
     transform = MistralMLP._transform
 
@@ -241,7 +241,7 @@ def test_a_hook_inside_the_feed_forward_layer_sees_the_whole_prompt(
 
 
 def test_a_hook_keeps_the_activation_that_it_saw(make_model: Any, token_ids: Any) -> None:
-    """What follows does not write into it."""
+    """Later operations do not write into it."""
     mlp, kept = make_model().model.layers[0].mlp, {}
     for name in ("gate_proj", "act_fn"):
         mlp.get_submodule(name).register_forward_hook(lambda *call, name=name: kept.update({name: call[2]}))

@@ -1,4 +1,4 @@
-"""The language-model loss in chunks is the ordinary one; and what a loss is where every label is ignored."""
+"""The language-model loss in chunks equals the ordinary loss, and a loss whose labels are all ignored is zero."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,42 +15,27 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from mistral_hf import MistralConfig
 from tests.conftest import VOCABULARY
+from tests.helpers.comparison import TIGHT, assert_same_tensors, loss_and_gradients
 
-TIGHT = {"rtol": 1e-5, "atol": 1e-5}
 LENGTH = 11
 CHUNKS = (1, 4, 2 * LENGTH, 1000)
 
 
 @pytest.fixture
 def batch(token_ids: Any) -> dict[str, Tensor]:
-    """Two rows, the beginning of one and the end of the other ignored."""
+    """Two rows; the loss ignores the beginning of one and the end of the other."""
     ids = token_ids(2, LENGTH)
     labels = ids.clone()
     labels[0, :3] = labels[1, -4:] = -100
     return {"input_ids": ids, "labels": labels}
 
 
-def loss_and_gradients(model: Any, **inputs: Any) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, **(tolerance or TIGHT), msg=lambda message, name=name: f"{name}: {message}"
-        )
-
-
 class Hooked(nn.Linear):
-    """A linear layer that a wrapper has replaced."""
+    """A subclass that a wrapper puts in place of a linear layer."""
 
 
 def hook(model: Any) -> None:
-    """Scale the logits by a parameter, which is to be trained too."""
+    """Scale the logits by a parameter that is trained as well."""
     model.scale = nn.Parameter(torch.tensor(2.0))
     model.lm_head.register_forward_hook(lambda module, inputs, output: model.scale.to(output.dtype) * output)
 
@@ -73,47 +58,49 @@ HEADS: dict[str, Callable[[Any], None]] = {
 def test_chunks_give_the_ordinary_loss_and_gradients(head: str, chunk: int, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     assert max(gradient.abs().max() for name, gradient in expected.items() if name != "loss") > 1e-3
-    assert_same(loss_and_gradients(model, **batch, loss_chunk_size=chunk), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, loss_chunk_size=chunk), expected)
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_librarys_loss_and_gradients(tied: bool, chunk: int | None, make_pair: Any, batch: Any) -> None:
+def test_loss_and_gradients_match_the_reference(tied: bool, chunk: int | None, make_pair: Any, batch: Any) -> None:
     ours, stock = make_pair(tie_word_embeddings=tied, loss_chunk_size=chunk)
-    expected = loss_and_gradients(stock, **batch)
+    expected = loss_and_gradients(stock, batch)
     assert ("lm_head.weight" in expected) != tied
-    assert_same(loss_and_gradients(ours, **batch), expected)
+    assert_same_tensors(loss_and_gradients(ours, batch), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("count", [7, torch.tensor(7), torch.tensor(3.5)])
-def test_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any) -> None:
+def test_the_loss_is_divided_by_the_number_of_items(count: Any, head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    expected = loss_and_gradients(model, **batch, num_items_in_batch=count)
+    expected = loss_and_gradients(model, batch, num_items_in_batch=count)
     labels = batch["labels"][:, 1:].ne(-100).sum()
-    torch.testing.assert_close(expected["loss"], loss_and_gradients(model, **batch)["loss"] * labels / count, **TIGHT)
-    assert_same(loss_and_gradients(model, **batch, num_items_in_batch=count, loss_chunk_size=4), expected)
+    torch.testing.assert_close(expected["loss"], loss_and_gradients(model, batch)["loss"] * labels / count, **TIGHT)
+    assert_same_tensors(loss_and_gradients(model, batch, num_items_in_batch=count, loss_chunk_size=4), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_shifted_labels_and_another_ignored_index(head: str, make_model: Any, batch: Any, token_ids: Any) -> None:
+def test_shifted_labels_and_another_ignored_index_are_honoured(
+    head: str, make_model: Any, batch: Any, token_ids: Any
+) -> None:
     model = make_model()
     HEADS[head](model)
     batch["shift_labels"] = token_ids(2, LENGTH, seed=5)
     batch["shift_labels"][:, 2:5] = 0
-    expected = loss_and_gradients(model, **batch, ignore_index=0)
+    expected = loss_and_gradients(model, batch, ignore_index=0)
     logits = model(batch["input_ids"]).logits.flatten(0, 1)
     kept = batch["shift_labels"].flatten() != 0
     torch.testing.assert_close(expected["loss"], cross_entropy(logits[kept], batch["shift_labels"].flatten()[kept]))
-    assert_same(loss_and_gradients(model, **batch, ignore_index=0, loss_chunk_size=4), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, ignore_index=0, loss_chunk_size=4), expected)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
 @pytest.mark.parametrize("count", [None, torch.tensor(7)])
-def test_label_smoothing_is_that_of_the_trainer(count: Any, head: str, make_model: Any, batch: Any) -> None:
+def test_label_smoothing_matches_the_trainer(count: Any, head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
     output = model(batch["input_ids"])
@@ -121,35 +108,35 @@ def test_label_smoothing_is_that_of_the_trainer(count: Any, head: str, make_mode
     smoother(output, batch["labels"], shift_labels=True, num_items_in_batch=count).backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     for keywords in ({}, {"loss_chunk_size": 4}):
-        found = loss_and_gradients(model, **batch, num_items_in_batch=count, label_smoothing=0.2, **keywords)
+        found = loss_and_gradients(model, batch, num_items_in_batch=count, label_smoothing=0.2, **keywords)
         loss = found.pop("loss")
         torch.testing.assert_close(
             loss, smoother(output, batch["labels"], shift_labels=True, num_items_in_batch=count).detach(), **TIGHT
         )
-        assert_same(found, expected)
+        assert_same_tensors(found, expected)
     model.config.label_smoothing = 0.2
     torch.testing.assert_close(model(**batch, num_items_in_batch=count).loss.detach(), loss, **TIGHT)
 
 
-def test_training_without_labels_holds_all_logits_and_says_so(make_model: Any, batch: Any) -> None:
-    """As Trainer's label_smoothing_factor does, which computes its loss from the logits."""
+def test_training_without_labels_holds_all_logits_and_warns(make_model: Any, batch: Any) -> None:
+    """Trainer's `label_smoothing_factor` does this: it computes its loss from the logits."""
     model = make_model(loss_chunk_size=4).train()
     with pytest.warns(UserWarning, match=r"loss_chunk_size=4 has no effect.*label_smoothing_factor.*label_smoothing"):
         assert model(batch["input_ids"]).logits is not None
 
 
-def test_an_adapter_on_the_head(make_model: Any, batch: Any) -> None:
+def test_an_adapter_on_the_head_trains_in_chunks(make_model: Any, batch: Any) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(
         make_model(), peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
     )
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     assert any("lm_head.lora_A" in name for name in expected)
-    assert_same(loss_and_gradients(model, **batch, loss_chunk_size=4), expected)
+    assert_same_tensors(loss_and_gradients(model, batch, loss_chunk_size=4), expected)
 
 
 def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Not much farther from the float32 loss and gradients than the ordinary loss in half precision is."""
+    """They are at most 1.5 times as far from the float32 values as the ordinary loss in half precision."""
     for name, value in exact.items():
         assert found[name].dtype == ordinary[name].dtype
         error = (ordinary[name].float() - value).norm()
@@ -158,29 +145,29 @@ def assert_as_precise(found: dict[str, Tensor], ordinary: dict[str, Tensor], exa
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_bfloat16(chunk: int, make_model: Any, batch: Any) -> None:
-    exact = loss_and_gradients(make_model(), **batch)
+def test_chunks_in_bfloat16_are_as_precise_as_the_ordinary_loss(chunk: int, make_model: Any, batch: Any) -> None:
+    exact = loss_and_gradients(make_model(), batch)
     model = make_model().to(torch.bfloat16)
-    ordinary = loss_and_gradients(model, **batch)
-    assert_as_precise(loss_and_gradients(model, **batch, loss_chunk_size=chunk), ordinary, exact)
+    ordinary = loss_and_gradients(model, batch)
+    assert_as_precise(loss_and_gradients(model, batch, loss_chunk_size=chunk), ordinary, exact)
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_autocast(head: str, make_model: Any, batch: Any) -> None:
+def test_chunks_under_autocast_are_as_precise_as_the_ordinary_loss(head: str, make_model: Any, batch: Any) -> None:
     model = make_model()
     HEADS[head](model)
-    exact = loss_and_gradients(model, **batch)
+    exact = loss_and_gradients(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        ordinary = loss_and_gradients(model, **batch)
-        found = loss_and_gradients(model, **batch, loss_chunk_size=4)
+        ordinary = loss_and_gradients(model, batch)
+        found = loss_and_gradients(model, batch, loss_chunk_size=4)
     assert found["lm_head.weight"].dtype == torch.float32
     assert_as_precise(found, ordinary, exact)
 
 
-def test_gradients_twice(make_model: Any, batch: Any) -> None:
+def test_a_retained_graph_gives_the_gradients_again(make_model: Any, batch: Any) -> None:
     """A retained graph gives the gradients again."""
     model = make_model()
-    expected = loss_and_gradients(model, **batch)
+    expected = loss_and_gradients(model, batch)
     model.zero_grad()
     loss = model(**batch, loss_chunk_size=4).loss
     loss.backward(retain_graph=True)
@@ -189,7 +176,7 @@ def test_gradients_twice(make_model: Any, batch: Any) -> None:
         torch.testing.assert_close(parameter.grad, 2 * expected[name], **TIGHT)
 
 
-def test_without_gradients(make_model: Any, batch: Any) -> None:
+def test_chunks_without_gradients_give_the_same_loss(make_model: Any, batch: Any) -> None:
     model = make_model()
     expected = model(**batch).loss
     with torch.no_grad():
@@ -202,7 +189,7 @@ def test_without_gradients(make_model: Any, batch: Any) -> None:
 
 
 class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-    """The largest number of elements that any operation gives back."""
+    """The largest number of elements in a result of any operation."""
 
     largest = 0
 
@@ -214,7 +201,7 @@ class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("head", ["plain", "hooked"])
-def test_never_holds_all_logits(head: str, make_model: Any, token_ids: Any) -> None:
+def test_chunks_never_hold_all_logits(head: str, make_model: Any, token_ids: Any) -> None:
     vocabulary, length, chunk = 1000, 400, 16
     model = make_model(vocab_size=vocabulary).train()
     HEADS[head](model)
@@ -228,7 +215,7 @@ def test_never_holds_all_logits(head: str, make_model: Any, token_ids: Any) -> N
     assert largest[chunk] < length * vocabulary // 2
 
 
-def test_logits_are_returned_but_with_chunks_and_labels(make_model: Any, batch: Any) -> None:
+def test_logits_are_returned_unless_the_loss_is_computed_in_chunks(make_model: Any, batch: Any) -> None:
     model = make_model(loss_chunk_size=4)
     for training in (False, True):
         model.train(training)
@@ -240,13 +227,13 @@ def test_logits_are_returned_but_with_chunks_and_labels(make_model: Any, batch: 
     assert model.generate(batch["input_ids"], max_new_tokens=2).shape == (2, LENGTH + 2)
 
 
-def test_the_options_are_kept_in_the_file_where_they_are_set(make_model: Any, tmp_path: Path) -> None:
+def test_loss_options_are_saved_only_if_they_are_set(make_model: Any, tmp_path: Path) -> None:
     model = make_model()
     model.save_pretrained(tmp_path / "plain")
     assert "loss_chunk_size" not in (tmp_path / "plain/config.json").read_text()
     assert "label_smoothing" not in (tmp_path / "plain/config.json").read_text()
-    asked = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", loss_chunk_size=4, label_smoothing=0.1)
-    asked.save_pretrained(tmp_path / "set")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", loss_chunk_size=4, label_smoothing=0.1)
+    loaded.save_pretrained(tmp_path / "set")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "set").config
     assert (again.loss_chunk_size, again.label_smoothing) == (4, 0.1)
     stock = StockMistral.from_pretrained(tmp_path / "set")
@@ -262,12 +249,12 @@ def test_the_options_are_kept_in_the_file_where_they_are_set(make_model: Any, tm
         ({"label_smoothing": -0.1}, r"label_smoothing=-0.1 must lie in \[0, 1\)"),
     ],
 )
-def test_options_that_cannot_be(fields: dict[str, Any], message: str, tiny: Any) -> None:
+def test_impossible_options_are_refused(fields: dict[str, Any], message: str, tiny: Any) -> None:
     with pytest.raises(ValueError, match=message):
         MistralConfig(**tiny(**fields))
 
 
-def test_calls_that_cannot_be_computed_in_chunks(make_model: Any, batch: Any) -> None:
+def test_calls_that_cannot_be_computed_in_chunks_are_refused(make_model: Any, batch: Any) -> None:
     model = make_model()
     with pytest.raises(ValueError, match="loss_chunk_size=0 must be at least 1"):
         model(**batch, loss_chunk_size=0)
@@ -303,8 +290,10 @@ IGNORED: dict[str, tuple[str, Callable[[Tensor], dict[str, Tensor]]]] = {
 
 @pytest.mark.parametrize("keywords", [{}, {"num_items_in_batch": torch.tensor(0)}, {"num_items_in_batch": 0}], ids=str)
 @pytest.mark.parametrize("problem", [*IGNORED, "chunks", "chunks of a hooked head"])
-def test_all_labels_ignored(problem: str, keywords: dict[str, Any], make_model: Any, token_ids: Any) -> None:
-    """Zero, with a warning, and zero gradients for every parameter that a label would train."""
+def test_a_batch_of_ignored_labels_has_zero_loss_and_gradients_and_warns(
+    problem: str, keywords: dict[str, Any], make_model: Any, token_ids: Any
+) -> None:
+    """Every parameter that a label would train gets a zero gradient."""
     name, labels = IGNORED.get(problem, IGNORED["causal"])
     model = make_model(name, num_labels=4).train()
     if problem.startswith("chunks"):
@@ -328,7 +317,7 @@ def warnings_are_errors() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("warnings_are_errors")
-def test_no_warning_where_one_label_counts(make_model: Any, token_ids: Any) -> None:
+def test_one_label_that_counts_gives_no_warning(make_model: Any, token_ids: Any) -> None:
     ids = token_ids(2, 9)
     labels = torch.full_like(ids, -100)
     labels[1, 3] = 7

@@ -1,4 +1,4 @@
-"""The norm: PyTorch's values by fewer operators on a CPU, and PyTorch's own operator everywhere else."""
+"""The norm: PyTorch's values with fewer operators on a CPU, and PyTorch's operator everywhere else."""
 
 from typing import Any
 
@@ -33,13 +33,13 @@ def test_the_fast_path_matches_the_definition(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @torch.no_grad()
-def test_other_dtypes_use_pytorch_s_operator(dtype: torch.dtype) -> None:
+def test_other_dtypes_use_the_pytorch_operator(dtype: torch.dtype) -> None:
     states, weight = torch.randn(2, 12, dtype=dtype), torch.randn(12, dtype=dtype)
     assert FAST not in operators_of(states, weight)
     assert torch.equal(rms_norm(states, weight, EPS), F.rms_norm(states, (12,), weight, EPS))
 
 
-def test_gradients_are_pytorch_s() -> None:
+def test_gradients_match_pytorch() -> None:
     states, weight = torch.randn(3, 12, requires_grad=True), torch.randn(12, requires_grad=True)
     ours = torch.autograd.grad(rms_norm(states, weight, EPS).pow(2).sum(), [states, weight])
     theirs = torch.autograd.grad(F.rms_norm(states, (12,), weight, EPS).pow(2).sum(), [states, weight])
@@ -56,7 +56,7 @@ def test_vmap_over_weights_with_shared_states_matches_a_loop() -> None:
 
 
 @torch.no_grad()
-def test_a_traced_program_holds_pytorch_s_operator() -> None:
+def test_a_traced_program_holds_the_pytorch_operator() -> None:
     def norm(states: Tensor, weight: Tensor) -> Any:
         return rms_norm(states, weight, EPS)
 
