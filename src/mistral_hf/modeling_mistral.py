@@ -34,7 +34,7 @@ from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, m
 from .torch.cache import RollingCache
 from .torch.flash_attention import IMPLEMENTATION_CHECKS
 from .torch.generation import MistralGenerationMixin
-from .torch.linear import in_pieces, linear, project
+from .torch.linear import gated, in_pieces, linear, project
 from .torch.losses import (
     chunked_language_model_loss,
     labels_within_sequences,
@@ -529,7 +529,7 @@ class MistralMLP(nn.Module):
 
     def _transform(self, hidden_states: Tensor) -> Tensor:
         gate, up = project(hidden_states, self.gate_proj, self.up_proj)
-        return linear(self.down_proj, self.act_fn(gate) * up)
+        return linear(self.down_proj, gated(self.act_fn, gate, up))
 
 
 @use_kernel_forward_from_hub("RMSNorm")

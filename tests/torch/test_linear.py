@@ -22,12 +22,18 @@ def operators_of(work: Callable[[], Any]) -> set[str]:
     return set(recorder.names)
 
 
+@pytest.fixture(params=["Intel", "AMD"])
+def vendor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "_is_intel", lambda: request.param == "Intel")
+
+
 def layer_of(outputs: int = 36, inputs: int = 48) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=False)
 
 
 @pytest.mark.parametrize("shape", [(1, 48), (1, 1, 48), (1, 2, 48), (8, 1, 48), (3, 5, 48), (2, 3, 4, 48)])
 @pytest.mark.parametrize("outputs", [36, 7, 8])
+@pytest.mark.usefixtures("vendor")
 def test_values_and_gradients_match_the_exact_product(shape: tuple[int, ...], outputs: int) -> None:
     layer, states = layer_of(outputs), torch.randn(shape, requires_grad=True)
     found = linear(layer, states)
@@ -71,10 +77,16 @@ def test_second_derivatives_match_the_layer() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
-def test_one_row_uses_bmm_and_several_rows_use_onednn() -> None:
-    layer = layer_of()
+@pytest.mark.parametrize("intel", [False, True])
+def test_one_row_uses_bmm_or_mv_and_several_rows_use_onednn(intel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row depends on the processor, whose vendor decides which kernels MKL takes."""
+    monkeypatch.setattr(linear_module, "_is_intel", lambda: intel)
+    layer, row = layer_of(), torch.randn(1, 1, 48)
     with torch.no_grad():
-        assert "aten::bmm" in operators_of(lambda: linear(layer, torch.randn(1, 1, 48)))
+        assert operators_of(lambda: linear(layer, row)) & {"aten::bmm", "aten::mv"} == {
+            "aten::mv" if intel else "aten::bmm"
+        }
+        torch.testing.assert_close(linear(layer, row), layer(row), **WITHIN_ROUNDING)
         assert "mkldnn::_linear_pointwise" in operators_of(lambda: linear(layer, torch.randn(1, 2, 48)))
         assert not operators_of(lambda: layer(torch.randn(1, 2, 48))) & {"aten::bmm", "mkldnn::_linear_pointwise"}
 

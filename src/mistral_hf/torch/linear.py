@@ -1,15 +1,20 @@
 """Linear layers by the fastest route that PyTorch has on a CPU.
 
-In float32, `F.linear` goes through MKL. For a single row, it reads a weight at a third of the rate at which two cores
-can read memory; the same weight as a batch of pieces is read at the full rate. For several rows, oneDNN's product,
-which PyTorch carries for its compiler, takes half the time of MKL's (see benchmarks/results/products.json). Everything
-else about a layer stays unchanged: its parameters, their layout, its hooks and wrappers.
+In float32, `F.linear` goes through MKL, which has its fast kernels on Intel's processors only. On others, it reads the
+weight for a single row at a third of the rate at which two cores can read memory; the same weight as a batch of pieces
+is read at the full rate. On Intel's, `torch.mv` reads it fastest, and pieces halve the rate. For several rows, oneDNN's
+product, which PyTorch carries for its compiler, takes half the time of MKL's on other processors (see
+benchmarks/results/products.json). Everything else about a layer stays unchanged: its parameters, their layout, its
+hooks and wrappers.
 
 Legend: B batch, S tokens, M rows, I input features, O output features.
 """
 
 import math
+import platform
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,6 +51,15 @@ def linear(layer: nn.Module, states: Tensor) -> Tensor:
 def project(states: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """Outputs ``[..., O]`` of layers that read the same ``[..., I]`` states; see `linear`."""
     return tuple(linear(layer, states) for layer in layers)
+
+
+def gated(activation: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """``activation(gate) * up``, written over the activation's result where no gradient or hook needs that."""
+    activated: Tensor = activation(gate)
+    needed = torch.is_grad_enabled() or torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook()
+    if needed or activated is gate or _has_hooks(activation) or not runs_untransformed(activated):
+        return activated * up
+    return activated.mul_(up)
 
 
 def in_pieces(
@@ -108,10 +122,20 @@ def _fast_linear(states: Tensor, weight: Tensor) -> Tensor:
     outputs, inputs = weight.shape
     if states.numel() > inputs:
         return _onednn_linear(states, weight)
-    pieces = math.gcd(outputs, WEIGHT_PIECES)
     row = states.reshape(inputs).contiguous()
+    if _is_intel():
+        return torch.mv(weight, row).view(*states.shape[:-1], outputs)
+    pieces = math.gcd(outputs, WEIGHT_PIECES)
     column = row.as_strided((pieces, inputs, 1), (0, 1, inputs))  # of strides that MKL reads fast
     return torch.bmm(weight.view(pieces, -1, inputs), column).view(*states.shape[:-1], outputs)
+
+
+@cache
+def _is_intel() -> bool:
+    """Whether MKL takes its fast kernels: its own rule is the vendor of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    described = cpuinfo.read_text() if cpuinfo.is_file() else platform.processor()
+    return "Intel" in described
 
 
 def _onednn_linear(states: Tensor, weight: Tensor) -> Tensor:
