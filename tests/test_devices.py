@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from packaging.version import Version
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from mistral_hf import MistralForCausalLM, RollingCache, modeling_mistral
 from tests.helpers.comparison import TIGHT
+from tests.helpers.versions import at_least
 
 ROOT = Path(__file__).parents[1]
-GATHERS_EVERY_CALL = Version(torch.__version__) >= Version("2.13")  # FSDP2 gathers a head for each of its calls
+GATHERS_EVERY_CALL = at_least("torch", "2.13")  # FSDP2 gathers a head for each of its calls
 CHUNKS = (None, 5) if GATHERS_EVERY_CALL else (None,)
 accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="needs accelerate")
 
@@ -229,3 +229,8 @@ def test_launch_configurations_fit_accelerate_and_the_model(name: str) -> None:
     if name == "fsdp2":
         assert section["fsdp_version"] == 2
         assert hasattr(modeling_mistral, section["fsdp_transformer_layer_cls_to_wrap"])
+
+
+@pytest.mark.parametrize(("installed", "expected"), [("2.9.1", False), ("2.13.0+cpu", True), ("3.0", True)])
+def test_versions_are_compared_by_their_numbers(installed: str, expected: bool) -> None:
+    assert at_least("torch", "2.13", installed) == expected

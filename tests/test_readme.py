@@ -38,7 +38,7 @@ def first_snippet():
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippets_run(number, first_snippet, hub_stand_in):
-    """Those of the hub stand alone, the others go on from the first; those for a GPU are checked for their syntax."""
+    """Those of the hub stand alone, the others continue the first; those for a GPU are only compiled."""
     hub, code = SNIPPETS[number]
     if hub == "gpu":
         compile(code, "README.md", "exec")

@@ -27,7 +27,7 @@ def filled(model: Any, ids: Any, **options: Any) -> RollingCache:
 def test_the_keys_and_values_of_a_layer_are_those_of_the_reference(
     length: int, window: int | None, static: bool, make_pair: Any, token_ids: Any
 ) -> None:
-    """A static layer has room for all slots; what is missing are zeros behind the tokens."""
+    """A static layer has room for all slots; zeros follow the tokens."""
     pair, ids = make_pair(sliding_window=window), token_ids(2, length)
     cache = filled(pair.ours, ids, **({"max_cache_len": 24} if static else {}))
     stock = DynamicCache(config=pair.stock.config)
@@ -78,7 +78,7 @@ def test_assigning_another_number_of_tokens_is_refused(make_model: Any, token_id
     ("options", "kind", "other"),
     [({}, DynamicCache, StaticCache), ({"max_cache_len": 24}, StaticCache, DynamicCache)],
 )
-def test_tools_take_a_cache_for_the_library_s_of_its_kind(
+def test_tools_take_a_cache_for_one_of_the_library(
     options: Any, kind: type, other: type, copied: Any, make_model: Any, token_ids: Any
 ) -> None:
     cache = filled(make_model(), token_ids(1, 13), **options)
