@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .compatibility import check_decoder_weights, check_quantization, layers_left_out
 from .configuration_mistral import MistralConfig
-from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask
+from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask, takes_mask
 from .torch.cache import RollingCache
 from .torch.flash_attention import IMPLEMENTATION_CHECKS
 from .torch.generation import MistralGenerationMixin
@@ -642,14 +642,15 @@ class MistralModel(MistralPreTrainedModel):
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
         # With attention functions that take the bounds of packed sequences, their positions need not restart.
-        needs_positions = "flash" not in self.config._attn_implementation
+        implementation = self.config._attn_implementation
+        needs_positions = "flash" not in implementation
         layout = SequenceLayout.of(
             inputs_embeds,
             attention_mask,
             position_ids,
             past_key_values,
             needs_positions=needs_positions,
-            packed=packed,
+            packed=packed if takes_mask(implementation) else False,
             **kwargs,
         )
         mask = self.make_mask(inputs_embeds, layout, kwargs.get("output_attentions"))

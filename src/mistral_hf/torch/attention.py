@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import modeling_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import AttentionInterface
 
 from .sequence_layout import KeyLayout, SequenceLayout
@@ -85,8 +86,14 @@ def make_mask(
     """
     if layout.custom_mask is not None or layout.paged:
         return layout.custom_mask
-    make = MASK_FUNCTIONS.get(implementation, _library_mask)
+    ours = ALL_ATTENTION_FUNCTIONS.override(implementation) is None
+    make = MASK_FUNCTIONS.get(implementation, _library_mask) if ours else _library_mask
     return make(implementation, hidden_states, layout, window, weights_wanted, **library_arguments)
+
+
+def takes_mask(implementation: str) -> bool:
+    """Whether an attention implementation has a mask; one without tells packed sequences apart by itself."""
+    return implementation in MASK_FUNCTIONS or implementation in ALL_MASK_ATTENTION_FUNCTIONS
 
 
 def _dense_or_band_mask(
@@ -146,7 +153,7 @@ def _library_mask(
     **library_arguments: Any,
 ) -> Any:
     """What the library's own mask function for `implementation` makes of the window rule."""
-    if implementation not in AttentionMaskInterface._global_mapping:
+    if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     keys, padding, segments = layout.keys, layout.padding, layout.segments
     key_start, indices = keys.key_start, None
@@ -159,7 +166,7 @@ def _library_mask(
         return allowed if segments is None else allowed & (segments[batch, query] == segments[batch, key])
 
     batch, length = hidden_states.shape[:2]
-    return AttentionMaskInterface._global_mapping[implementation](
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
         batch_size=batch,
         q_length=length,
         kv_length=keys.length,
@@ -311,8 +318,28 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scalin
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
-# The library's registry with our functions for these names; it also finds what users register.
-ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+
+class MistralAttentionInterface(AttentionInterface):
+    """The library's registry with this package's functions, unless somebody has replaced a function of that name.
+
+    Tools do so by `register`, or by assigning an item of the library's own instance, which other instances do not see.
+    """
+
+    def __getitem__(self, name: str) -> AttentionFunction:
+        override = self.override(name)
+        return super().__getitem__(name) if override is None else override
+
+    def override(self, name: str) -> AttentionFunction | None:
+        """The function that somebody other than the library has put under this name, or None."""
+        assigned: AttentionFunction | None = modeling_utils.ALL_ATTENTION_FUNCTIONS._local_mapping.get(name)
+        if assigned is not None:
+            return assigned
+        registered: AttentionFunction | None = self._global_mapping.get(name)
+        is_built_in = getattr(registered, "__module__", "").startswith("transformers.")
+        return None if is_built_in else registered
+
+
+ALL_ATTENTION_FUNCTIONS = MistralAttentionInterface()
 ALL_ATTENTION_FUNCTIONS["eager"] = eager_attention_forward
 ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
 
