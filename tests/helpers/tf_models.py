@@ -1,12 +1,10 @@
 """TensorFlow models with the weights of PyTorch models; importing this skips a module where the port cannot run."""
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 _REASON = "the TensorFlow port needs: pip install 'mistral_hf[tf]'"
 tf = pytest.importorskip("tensorflow", reason=_REASON)
 keras = pytest.importorskip("keras", reason=_REASON)
