@@ -15,8 +15,9 @@ from transformers import Cache
 
 from mistral_hf import MistralConfig, RollingCache
 from mistral_hf.torch.attention import visible
-from mistral_hf.torch.cache_layers import MAX_SLACK, RollingLayer, StaticRollingLayer
+from mistral_hf.torch.rolling_layer import MAX_SLACK, RollingLayer
 from mistral_hf.torch.sequence_layout import KeyLayout
+from mistral_hf.torch.static_layer import StaticRollingLayer
 
 ROW = 10_000  # the value of a token is ROW * the name of its row + its position
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 
-from .cache_layers import RollingLayer, StaticRollingLayer, power_of_two
+from .rolling_layer import RollingLayer, power_of_two
+from .static_layer import StaticRollingLayer
 
 STATIC_BUCKET = 256  # smallest preallocated buffer, in tokens; larger ones are powers of two
 

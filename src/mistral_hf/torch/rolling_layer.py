@@ -16,14 +16,14 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 MIN_SLOTS = 64  # the first allocation, in tokens
 MAX_SLACK = 1024  # tokens beyond the window that can be restored while the past is recorded
 
 
-class _RingLayer(CacheLayerMixin):
+class RingLayer(CacheLayerMixin):
     """Keys and values for readers, in chronological order, over buffers in slot order.
 
     Attributes:
@@ -92,7 +92,7 @@ class _RingLayer(CacheLayerMixin):
         return f"{type(self).__name__}({window}, {int(self.get_seq_length())} tokens, {self.nbytes:,} bytes)"
 
 
-class RollingLayer(_RingLayer):
+class RollingLayer(RingLayer):
     """One layer's keys and values, at most W tokens of them, or all with ``sliding_window=None``.
 
     The buffer starts small and doubles until it has W slots; then its size never changes.
@@ -328,125 +328,6 @@ class RollingLayer(_RingLayer):
                 f"The cache holds {self.key_buffer.shape[0]} sequences, but the input has {key_states.shape[0]}. Pass"
                 " the batch that filled the cache, use batch_select_indices or batch_repeat_interleave, or a new cache."
             )
-
-
-class StaticRollingLayer(_RingLayer):
-    """A `RollingLayer` of fixed addresses and shapes, whose step is one graph before, at and after the wrap.
-
-    Its length is a tensor. One query attends to all slots, the empty ones masked; several attend to all slots and
-    then to the new tokens, except in the first call after a reset, which sees the new tokens alone.
-
-    Args:
-        max_cache_len: Number of tokens that the layer must hold.
-        sliding_window: W, in tokens, or None for full attention.
-        shown: Tokens that `keys` and `values` have room for, those that are missing being zeros (default:
-            `max_cache_len`).
-    """
-
-    is_compileable = True
-    is_croppable = False
-
-    def __init__(self, max_cache_len: int, sliding_window: int | None = None, shown: int | None = None) -> None:
-        super().__init__()
-        self.sliding_window = sliding_window
-        self.is_sliding = sliding_window is not None
-        self.shown = min(shown or max_cache_len, sliding_window or max_cache_len)
-        self.max_cache_len = min(max_cache_len, sliding_window or max_cache_len)
-        self.wraps = sliding_window is not None and sliding_window <= max_cache_len
-        self.cumulative_length = torch.zeros((), dtype=torch.long)
-        self.is_fresh = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate ``[B, K, slots, D]`` for the dtype, device, batch and heads of the given states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.key_buffer = key_states.new_zeros((*key_states.shape[:2], self.max_cache_len, key_states.shape[3]))
-        self.value_buffer = value_states.new_zeros((*value_states.shape[:2], self.max_cache_len, value_states.shape[3]))
-        self.cumulative_length = self.cumulative_length.to(self.device)
-        if not torch.compiler.is_compiling():
-            for tensor in (self.key_buffer, self.value_buffer, self.cumulative_length):
-                torch._dynamo.mark_static_address(tensor)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, N, D]`` new states and return all slots; for N > 1 the old slots, then the new states."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        count = key_states.shape[2]
-        if count > self.max_cache_len and not self.wraps:
-            raise ValueError(f"{count} tokens do not fit a static cache of {self.max_cache_len}; raise max_cache_len.")
-        if count == 1:
-            keys, values = self.key_buffer, self.value_buffer
-        elif self.is_fresh:
-            keys, values = key_states, value_states
-        else:
-            keys = torch.cat([self.key_buffer, key_states], dim=2)
-            values = torch.cat([self.value_buffer, value_states], dim=2)
-        kept = min(count, self.max_cache_len) if self.wraps else count
-        slots = self.cumulative_length + torch.arange(count - kept, count, device=self.device)
-        if self.wraps:
-            slots = slots % self.max_cache_len
-        self.key_buffer.index_copy_(2, slots, key_states[:, :, count - kept :])
-        self.value_buffer.index_copy_(2, slots, value_states[:, :, count - kept :])
-        self.cumulative_length.add_(count)
-        self.is_fresh = False
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of keys that `update` will return, and the position of the first chronological one (0 if none)."""
-        if query_length == 1:
-            return self.max_cache_len, 0
-        return (query_length if self.is_fresh else self.max_cache_len + query_length), 0
-
-    def ring_slots(self, query_length: int) -> int:
-        """Number of leading keys that `update` will return in slot order."""
-        return 0 if query_length > 1 and self.is_fresh else self.max_cache_len
-
-    def get_seq_length(self) -> Tensor | int:
-        """Number of tokens so far, as a 0-d tensor once the buffer is allocated."""
-        return self.cumulative_length if self.is_initialized else 0
-
-    def get_max_length(self) -> int:
-        """Number of slots."""
-        return self.max_cache_len
-
-    def reset(self) -> None:
-        """Forget all tokens; addresses stay."""
-        if self.is_initialized:
-            self.key_buffer.zero_()
-            self.value_buffer.zero_()
-        self.cumulative_length.zero_()
-        self.is_fresh = True
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows of the batch in the order `beam_idx`, at the same addresses."""
-        if self.is_initialized:
-            self.key_buffer.copy_(self.key_buffer.index_select(0, beam_idx.to(self.device)))
-            self.value_buffer.copy_(self.value_buffer.index_select(0, beam_idx.to(self.device)))
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: a static layer cannot forget single tokens.
-
-        Raises:
-            ValueError: The argument is not zero.
-        """
-        if tokens_to_remove != 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): a static cache cannot forget single tokens. Use the default cache for"
-                " assisted decoding, or reset() to forget everything."
-            )
-
-    def _read(self, buffer: Tensor) -> Tensor:
-        end = int(self.cumulative_length)
-        count = min(end, self.max_cache_len)
-        order = torch.arange(end - count, end, device=buffer.device) % self.max_cache_len
-        tokens = buffer.index_select(2, order)
-        return nn.functional.pad(tokens, (0, 0, 0, max(0, self.shown - count)))
-
-    def _replaced(self, buffer: Tensor | None, states: Tensor) -> Tensor:
-        raise ValueError(
-            "The buffers of a static cache have fixed addresses and cannot be assigned: use the default cache, or write"
-            " into key_buffer and value_buffer in place."
-        )
 
 
 def power_of_two(count: int) -> int:
