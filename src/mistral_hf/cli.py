@@ -316,10 +316,11 @@ def _check_installed(option: str, *packages: str) -> None:
 @app.command()
 def info() -> None:
     """Show versions, the classes of the Auto classes, attention back ends, devices and memory."""
-    from .registration import resolved
+    from .registration import resolved, resolved_names
 
     _print_table("Versions", [("python", platform.python_version()), *((name, _version(name)) for name in PACKAGES)])
-    classes = ((name, f"{found.__module__}.{found.__qualname__}") for name, (found, _) in resolved().items())
+    found_classes = (resolved() | resolved_names()).items()
+    classes = ((name, f"{found.__module__}.{found.__qualname__}") for name, (found, _) in found_classes)
     _print_table('Classes for model_type "mistral"', classes)
     _print_table("Attention back ends", ((name, _backend_state(name)) for name in BACKENDS))
     _print_table("Devices", _devices())
