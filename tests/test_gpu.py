@@ -158,21 +158,6 @@ def test_no_step_waits_for_the_gpu(implementation: str, lengths: tuple[int, int]
             torch.cuda.set_sync_debug_mode("default")
 
 
-@IMPLEMENTATIONS
-def test_fused_projections(implementation: str, make_model: Any, padded: Any) -> None:
-    model = make_model("ForCausalLM", implementation, head_dim=16).to("cuda", torch.bfloat16)
-    inputs = on_gpu(padded(30, 9))
-    wanted = {"return_dict_in_generate": True, "output_logits": True, **FREE}
-    expected = model.generate(**inputs, **wanted)
-    model.fuse_projections()
-    found = model.generate(**inputs, **wanted)
-    same = (found.sequences == expected.sequences)[:, 30:].cumprod(dim=1).bool()  # until rounding chooses another token
-    for step, (ours, theirs) in enumerate(zip(found.logits, expected.logits, strict=True)):
-        rows = same[:, step - 1] if step else slice(None)
-        torch.testing.assert_close(ours[rows], theirs[rows], rtol=5e-2, atol=1e-1)
-    assert same[:, 0].all()
-
-
 def test_liger_kernels_do_not_change_loss_and_gradients(make_model: Any, padded: Any) -> None:
     """With the kernels that ``TrainingArguments(use_liger_kernel=True)`` puts into a model."""
     liger = pytest.importorskip("liger_kernel.transformers")

@@ -26,15 +26,15 @@ class BeamState:
     """The state of `BeamSearch`.
 
     Attributes:
-        step: Number of tokens chosen, a scalar.
-        limit: Number of tokens to choose, a scalar.
+        step: Number of new tokens, a scalar.
+        limit: Number of new tokens at which every beam ends, a scalar.
         tokens, scores: The running beams ``[B, M, N]`` and their log-probabilities ``[B, M]``, best first.
-        ended_tokens, ended_scores, ended_lengths: The best ended beams ``[B, M, N]``; their scores ``[B, M]``, divided
+        done_tokens, done_scores, done_lengths: The best ended beams ``[B, M, N]``; their scores ``[B, M]``, divided
             by ``length ** length_penalty``; and their lengths ``[B, M]``.
-        is_ended: ``[B, M]``, which of these slots hold an ended beam.
-        hopeful: ``[B]``, whether a running beam may still beat the ended ones.
+        done: ``[B, M]``, which of these are beams that ended.
+        open: ``[B]``, whether a running beam may still beat the ended ones.
         stopped: Whether the search is over, a scalar.
-        cache: ``[R]`` rows, of all tokens but those chosen last.
+        cache: Of all tokens but the last ones, R rows.
         previous_tokens: ``[R, V]``, the tokens that a beam contains, for a repetition penalty; else None.
     """
 
@@ -42,11 +42,11 @@ class BeamState:
     limit: Array
     tokens: Array
     scores: Array
-    ended_tokens: Array
-    ended_scores: Array
-    ended_lengths: Array
-    is_ended: Array
-    hopeful: Array
+    done_tokens: Array
+    done_scores: Array
+    done_lengths: Array
+    done: Array
+    open: Array
     stopped: Array
     cache: FlaxRollingCache
     previous_tokens: Array | None
@@ -62,10 +62,10 @@ class BeamSearch:
 
     options: GenerationOptions
 
-    def begin(
+    def choose_first(
         self, logits: Array, cache: FlaxRollingCache, previous_tokens: Array | None, limit: Array, key: Array
     ) -> BeamState:
-        """See `Search`; `key` is not used."""
+        """See `Strategy`; `key` is not used."""
         batch, beams = logits.shape[0], self.options.num_beams
         rows = jnp.repeat(jnp.arange(batch), beams)
         tokens = jnp.full((batch, beams, self.options.max_new_tokens), self.options.pad_token_id, jnp.int32)
@@ -74,26 +74,26 @@ class BeamSearch:
             limit=jnp.asarray(limit, jnp.int32),
             tokens=tokens,
             scores=jnp.full((batch, beams), _NEVER).at[:, 0].set(0),  # all beams are equal: only one takes part
-            ended_tokens=tokens,
-            ended_scores=jnp.full((batch, beams), _NEVER),
-            ended_lengths=jnp.zeros((batch, beams), jnp.int32),
-            is_ended=jnp.zeros((batch, beams), bool),
-            hopeful=jnp.ones(batch, bool),
+            done_tokens=tokens,
+            done_scores=jnp.full((batch, beams), _NEVER),
+            done_lengths=jnp.zeros((batch, beams), jnp.int32),
+            done=jnp.zeros((batch, beams), bool),
+            open=jnp.ones(batch, bool),
             stopped=jnp.zeros((), bool),
             cache=cache,
             previous_tokens=None if previous_tokens is None else previous_tokens[rows],
         )
-        return self.advance(state, logits[rows], cache.gather_rows(rows))
+        return self.choose_next(state, logits[rows], cache.gather_rows(rows))
 
-    def advance(self, state: BeamState, logits: Array, cache: FlaxRollingCache) -> BeamState:
-        """See `Search`."""
+    def choose_next(self, state: BeamState, logits: Array, cache: FlaxRollingCache) -> BeamState:
+        """See `Strategy`."""
         batch, beams = state.scores.shape
         step = state.step + 1
         scores, parents, last = self._candidates(state, logits)  # [B, C]
         tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
         tokens = lax.dynamic_update_slice_in_dim(tokens, last[..., None], state.step, axis=2)  # [B, C, N]
         ends = is_end(last, self.options) | (step >= state.limit)
-        state = self._with_ended(state, tokens, scores, ends)
+        state = self._collect_ended(state, tokens, scores, ends)
 
         # The M best candidates that do not end become the running beams.
         running, kept = lax.top_k(scores + ends * _NEVER, beams)
@@ -101,16 +101,16 @@ class BeamSearch:
         rows = (jnp.arange(batch)[:, None] * beams + parents).reshape(-1)
 
         # Of the running beams, at their present length, can any beat the worst ended one?
-        worst = jnp.where(state.is_ended, state.ended_scores.min(axis=1, keepdims=True), _NEVER)
-        hopeful = state.hopeful & (running[:, :1] / step**self.options.length_penalty > worst).any(axis=1)
-        stopped = ~hopeful.any() | ends.all() | (state.is_ended.all() & self.options.early_stopping)
+        worst = jnp.where(state.done, state.done_scores.min(axis=1, keepdims=True), _NEVER)
+        still_open = state.open & (running[:, :1] / step**self.options.length_penalty > worst).any(axis=1)
+        stopped = ~still_open.any() | ends.all() | (state.done.all() & self.options.early_stopping)
         previous = None if state.previous_tokens is None else state.previous_tokens[rows]
         return replace(
             state,
             step=step,
             tokens=jnp.take_along_axis(tokens, kept[..., None], axis=1),
             scores=running,
-            hopeful=hopeful,
+            open=still_open,
             stopped=stopped,
             cache=cache.gather_rows(rows),
             previous_tokens=with_tokens(previous, last.reshape(-1)),
@@ -130,38 +130,38 @@ class BeamSearch:
         best, indices = lax.top_k(scores, max(2, 1 + len(self.options.eos_token_ids)) * beams)
         return best, indices // vocabulary, (indices % vocabulary).astype(jnp.int32)
 
-    def _with_ended(self, state: BeamState, tokens: Array, scores: Array, ends: Array) -> BeamState:
+    def _collect_ended(self, state: BeamState, tokens: Array, scores: Array, ends: Array) -> BeamState:
         """The state with the candidates that end here, if they are better than the beams that ended before."""
         beams = state.scores.shape[1]
         length = state.step + 1
         ends &= jnp.arange(scores.shape[1]) < beams  # the candidates after the M best are there only to continue
-        closed = ~state.hopeful
+        closed = ~state.open
         if self.options.early_stopping:
-            closed |= state.is_ended.all(axis=1)
+            closed |= state.done.all(axis=1)
         scores = scores / length**self.options.length_penalty + closed[:, None] * _NEVER + ~ends * _NEVER
 
         def merged(old: Array, new: Array) -> Array:
             both = jnp.concatenate([old, new], axis=1)
             return jnp.take_along_axis(both, best.reshape(*best.shape, *[1] * (both.ndim - 2)), axis=1)
 
-        best = lax.top_k(jnp.concatenate([state.ended_scores, scores], axis=1), beams)[1]
+        best = lax.top_k(jnp.concatenate([state.done_scores, scores], axis=1), beams)[1]
         return replace(
             state,
-            ended_tokens=merged(state.ended_tokens, tokens),
-            ended_scores=merged(state.ended_scores, scores),
-            ended_lengths=merged(state.ended_lengths, jnp.full(scores.shape, length)),
-            is_ended=merged(state.is_ended, ends),
+            done_tokens=merged(state.done_tokens, tokens),
+            done_scores=merged(state.done_scores, scores),
+            done_lengths=merged(state.done_lengths, jnp.full(scores.shape, length)),
+            done=merged(state.done, ends),
         )
 
     def inputs(self, state: BeamState) -> tuple[Array, FlaxRollingCache]:
-        """See `Search`."""
+        """See `Strategy`."""
         last = lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
         return last.reshape(-1), state.cache
 
     def running(self, state: BeamState) -> Array:
-        """See `Search`."""
+        """See `Strategy`."""
         return ~state.stopped
 
     def result(self, state: BeamState) -> Any:
-        """See `Search`."""
-        return np.asarray(state.ended_tokens)[:, 0, : int(state.ended_lengths[:, 0].max())]
+        """See `Strategy`."""
+        return np.asarray(state.done_tokens)[:, 0, : int(state.done_lengths[:, 0].max())]

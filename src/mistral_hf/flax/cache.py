@@ -112,7 +112,7 @@ def store(ring: Array, new: Array, length: Array) -> Array:
     return jnp.where((source >= 0)[:, None], kept, ring)
 
 
-def in_order(ring: Array, length: Array) -> Array:
+def oldest_first(ring: Array, length: Array) -> Array:
     """The slots ``[B, K, slots, D]``, oldest token first; slots that were never filled come before all others."""
     slots = ring.shape[2]
     return jnp.take(ring, (length + jnp.arange(slots)) % slots, axis=2)

@@ -17,8 +17,8 @@ from jax import Array, lax
 from ..generation_options import GenerationOptions
 from .beam_search import BeamSearch
 from .cache import FlaxRollingCache
-from .generation import Sampling, Search
-from .logits import tokens_of_prompt
+from .generation import Sampling, Strategy
+from .logits import tokens_of_prompts
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .params import Params, to_module
 
@@ -75,17 +75,17 @@ def _real_labels(ids: Array, mask: Array) -> Array:
 
 
 class GenerationPrograms(NamedTuple):
-    """The two programs of `generate`, and the search whose states they return.
+    """The two programs of `generate`, and the strategy whose states they return.
 
     Attributes:
-        search: How tokens are chosen.
+        strategy: How tokens are chosen.
         prefill: From weights, ids and mask of a prompt ``[B, S]``, the number of tokens to choose and a random key to
             the state after the first new tokens.
         decode: From weights, a state (which is donated) and a number of tokens to the state after that many, or after
             the end.
     """
 
-    search: Search
+    strategy: Strategy
     prefill: Callable[..., Any]
     decode: Callable[..., Any]
 
@@ -98,27 +98,27 @@ def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPro
         graph: Graph definition of a `MistralForCausalLMModule`.
         options: With N as ``max_new_tokens``; the number of tokens to choose is an argument of the programs.
     """
-    search: Search = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
+    strategy: Strategy = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
 
     def prefill(params: Params, ids: Array, real: Array, limit: Array, key: Array) -> Any:
         module = to_module(graph, params)
         cache = module.model.init_cache(ids.shape[0], ids.shape[1] + options.max_new_tokens)
         logits, cache = _next_logits(module, ids, real, cache)
         penalty = options.repetition_penalty != 1
-        previous_tokens = tokens_of_prompt(ids, real, logits.shape[-1]) if penalty else None
-        return search.begin(logits, cache, previous_tokens, limit, key)
+        previous_tokens = tokens_of_prompts(ids, real, logits.shape[-1]) if penalty else None
+        return strategy.choose_first(logits, cache, previous_tokens, limit, key)
 
     def decode(params: Params, state: Any, until: Array) -> Any:
         module = to_module(graph, params)
 
-        def advance(state: Any) -> Any:
-            tokens, cache = search.inputs(state)
+        def step(state: Any) -> Any:
+            tokens, cache = strategy.inputs(state)
             ids = tokens[:, None]
-            return search.advance(state, *_next_logits(module, ids, jnp.ones_like(ids, bool), cache))
+            return strategy.choose_next(state, *_next_logits(module, ids, jnp.ones_like(ids, bool), cache))
 
-        return lax.while_loop(lambda state: (state.step < until) & search.running(state), advance, state)
+        return lax.while_loop(lambda state: (state.step < until) & strategy.running(state), step, state)
 
-    return GenerationPrograms(search, jax.jit(prefill), jax.jit(decode, donate_argnums=1))
+    return GenerationPrograms(strategy, jax.jit(prefill), jax.jit(decode, donate_argnums=1))
 
 
 def _next_logits(module: Any, ids: Array, real: Array, cache: FlaxRollingCache) -> tuple[Array, FlaxRollingCache]:
@@ -151,14 +151,14 @@ def new_tokens(
     """
     state = programs.prefill(params, ids, real, limit, key)
     state = programs.decode(params, state, limit) if put is None else _stream(programs, params, state, limit, put)
-    return programs.search.result(state)
+    return programs.strategy.result(state)
 
 
 def _stream(programs: GenerationPrograms, params: Params, state: Any, limit: int, put: Callable[[Any], None]) -> Any:
     """Run the loop of `Sampling` one step at a time, and pass on every token."""
     for step in range(1, limit + 1):
         put(np.asarray(state.tokens)[:, step - 1])
-        if step == limit or not programs.search.running(state):
+        if step == limit or not programs.strategy.running(state):
             break
         state = programs.decode(params, state, step + 1)
     return state

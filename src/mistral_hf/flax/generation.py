@@ -1,4 +1,4 @@
-"""How `generate` chooses tokens: what a search is, and greedy search and sampling.
+"""How `generate` chooses tokens: what a strategy is, and greedy search and sampling.
 
 Legend: B batch, R rows (of the batch, or beams of all its rows), N room for new tokens, V vocabulary.
 """
@@ -18,10 +18,10 @@ from .cache import FlaxRollingCache
 from .logits import is_end, penalized, sample, with_tokens
 
 
-class Search(Protocol):
+class Strategy(Protocol):
     """How tokens are chosen. States are pytrees of fixed shapes, with a field ``step``: the number of tokens so far."""
 
-    def begin(
+    def choose_first(
         self, logits: Array, cache: FlaxRollingCache, previous_tokens: Array | None, limit: Array, key: Array
     ) -> Any:
         """The state after the first tokens.
@@ -34,14 +34,14 @@ class Search(Protocol):
             key: Random key.
         """
 
-    def advance(self, state: Any, logits: Array, cache: FlaxRollingCache) -> Any:
-        """The state after the next tokens, from ``[R, V]`` logits and the cache of all tokens but the next."""
+    def choose_next(self, state: Any, logits: Array, cache: FlaxRollingCache) -> Any:
+        """The state after the next tokens, from the logits ``[R, V]`` of the last ones and the cache with them."""
 
     def inputs(self, state: Any) -> tuple[Array, FlaxRollingCache]:
         """The last tokens ``[R]``, and the cache of all tokens before them."""
 
     def running(self, state: Any) -> Array:
-        """A scalar: whether there is more to choose."""
+        """A boolean scalar: whether there are more tokens to choose."""
 
     def result(self, state: Any) -> Any:
         """The new tokens ``[B, new]`` as a NumPy array; outside of compiled programs."""
@@ -53,7 +53,7 @@ class SamplingState:
     """The state of `Sampling`.
 
     Attributes:
-        step: Number of tokens chosen, a scalar.
+        step: Number of new tokens, a scalar.
         tokens: ``[B, N]``, padded.
         finished: ``[B]``, the rows that have ended.
         cache: Of all tokens but the one chosen last.
@@ -79,10 +79,10 @@ class Sampling:
 
     options: GenerationOptions
 
-    def begin(
+    def choose_first(
         self, logits: Array, cache: FlaxRollingCache, previous_tokens: Array | None, limit: Array, key: Array
     ) -> SamplingState:
-        """See `Search`."""
+        """See `Strategy`."""
         batch, options = logits.shape[0], self.options
         state = SamplingState(
             step=jnp.zeros((), jnp.int32),
@@ -92,10 +92,10 @@ class Sampling:
             key=key,
             previous_tokens=previous_tokens,
         )
-        return self.advance(state, logits, cache)
+        return self.choose_next(state, logits, cache)
 
-    def advance(self, state: SamplingState, logits: Array, cache: FlaxRollingCache) -> SamplingState:
-        """See `Search`."""
+    def choose_next(self, state: SamplingState, logits: Array, cache: FlaxRollingCache) -> SamplingState:
+        """See `Strategy`."""
         options = self.options
         if state.previous_tokens is not None:
             logits = penalized(logits, state.previous_tokens, options.repetition_penalty)
@@ -114,13 +114,13 @@ class Sampling:
         )
 
     def inputs(self, state: SamplingState) -> tuple[Array, FlaxRollingCache]:
-        """See `Search`."""
+        """See `Strategy`."""
         return lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=1, keepdims=False), state.cache
 
     def running(self, state: SamplingState) -> Array:
-        """See `Search`."""
+        """See `Strategy`."""
         return ~state.finished.all()
 
     def result(self, state: SamplingState) -> Any:
-        """See `Search`."""
+        """See `Strategy`."""
         return np.asarray(state.tokens)[:, : int(state.step)]

@@ -21,7 +21,7 @@ from jax import Array, lax
 from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
 from .attention import AttentionContext, attend
-from .cache import FlaxRollingCache, empty_cache, in_order, store
+from .cache import FlaxRollingCache, empty_cache, oldest_first, store
 from .outputs import FlaxCausalLMOutput, FlaxModelOutput
 from .sequence_layout import packed_segments, positions, real_keys
 
@@ -305,7 +305,7 @@ class MistralAttention(nnx.Module):
                 k, v = updated
             # Several read the old slots in order, then each other: some old ones are overwritten when they are stored.
             elif not context.empty:
-                old = (in_order(ring, context.length) for ring in stored)
+                old = (oldest_first(ring, context.length) for ring in stored)
                 k, v = (jnp.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
             stored = updated
         mixed, weights = attend(

@@ -45,7 +45,7 @@ def sample(logits: Array, key: Any, options: GenerationOptions) -> Array:
     return jnp.take_along_axis(ids, index[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
-def tokens_of_prompt(ids: Array, real: Array, vocabulary: int) -> Array:
+def tokens_of_prompts(ids: Array, real: Array, vocabulary: int) -> Array:
     """``[B, V]`` boolean: the tokens that a prompt ``[B, S]`` contains, except for padding."""
     rows = jnp.arange(ids.shape[0])[:, None]
     return jnp.zeros((ids.shape[0], vocabulary), bool).at[rows, ids].max(real)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from .cache import FlaxRollingCache, in_order
+from .cache import FlaxRollingCache, oldest_first
 
 
 def positions(mask: Array) -> Array:
@@ -43,4 +43,4 @@ def real_keys(mask: Array, past: FlaxRollingCache | None, cache: FlaxRollingCach
     if mask.shape[1] == 1:
         return cache.real
     # Several read the old slots in order, then each other.
-    return jnp.concatenate([in_order(past.real[:, None, :, None], past.length)[:, 0, :, 0], mask], axis=1)
+    return jnp.concatenate([oldest_first(past.real[:, None, :, None], past.length)[:, 0, :, 0], mask], axis=1)

@@ -84,8 +84,8 @@ def _cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0)
     count = tf.math.count_nonzero(kept)
     if tf.executing_eagerly() and count == 0:
         warnings.warn(
-            f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0 and nothing is learnt from it. If that"
-            " is not meant, check the collator, the truncation and the masking of prompts.",
+            f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this"
+            " is not intended, check the collator, the truncation and the masking of prompts.",
             stacklevel=2,
         )
     return tf.reduce_sum(tf.where(kept, losses, 0.0)) / tf.cast(tf.maximum(count, 1), tf.float32)
