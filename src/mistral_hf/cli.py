@@ -329,9 +329,11 @@ def info() -> None:
 
 
 def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    rows = list(rows)
+    width = max([38, *(len(name) + 2 for name, _ in rows)])
     typer.echo(title)
     for name, value in rows:
-        typer.echo(f"  {name:<38}{value}")
+        typer.echo(f"  {name:<{width}}{value}")
 
 
 def _version(package: str) -> str:
