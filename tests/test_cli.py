@@ -177,7 +177,9 @@ def test_info_lists_versions_classes_back_ends_and_devices() -> None:
     shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert shown["mistral_hf"] == mistral_hf.__version__
     assert shown["torch"] == version("torch")
-    assert shown["AutoConfig"] == shown["transformers.MistralConfig"] == "mistral_hf.configuration_mistral.MistralConfig"
+    assert (
+        shown["AutoConfig"] == shown["transformers.MistralConfig"] == "mistral_hf.configuration_mistral.MistralConfig"
+    )
     for auto_class, model_class in registration.MODEL_CLASSES.items():
         name = model_class.__name__
         assert shown[auto_class.__name__] == shown[f"transformers.{name}"] == f"mistral_hf.modeling_mistral.{name}"
