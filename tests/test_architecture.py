@@ -26,7 +26,12 @@ RULES: dict[str, set[str]] = {
     "modeling_flax_mistral": {"checkpoints", "compatibility", "configuration_mistral", "flax", "generation_options"},
     "modeling_tf_mistral": {"checkpoints", "compatibility", "configuration_mistral", "generation_options", "tf"},
     "registration": {"configuration_mistral", "modeling_mistral"},
-    "cli": {"bundled", "chat", "configuration_mistral", "convert", "modeling_mistral", "registration", "torch"},
+    "axolotl": {"registration"},
+    "launch": set(),
+    "startup": set(),
+    "cli": {
+        *("bundled", "chat", "configuration_mistral", "convert", "launch", "modeling_mistral", "registration", "torch"),
+    },
     "__init__": {
         *("bundled", "chat", "configuration_mistral", "convert", "registration", "torch"),
         *("modeling_flax_mistral", "modeling_mistral", "modeling_tf_mistral"),
@@ -38,6 +43,7 @@ FILES_AND_FORMATS = {"os", "io", "pathlib", "json", "safetensors"}
 # What a package, or a single file, must not import of the world.
 FORBIDDEN: dict[str, set[str]] = {
     **dict.fromkeys(("bundled", "configuration_mistral", "compatibility", "rope", "generation_options"), FRAMEWORKS),
+    **dict.fromkeys(("launch", "startup"), FRAMEWORKS | {"transformers"}),
     "checkpoints": FRAMEWORKS - {"torch"},
     "checkpoints/pretrained.py": FRAMEWORKS,
     "checkpoints/writer.py": FRAMEWORKS,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import mistral_hf
-from mistral_hf import cli
+from mistral_hf import cli, registration
 from mistral_hf.bundled import BUNDLED_CHECKPOINT
 
 PROMPT = "The captain looked out over the sea and"
@@ -177,7 +177,12 @@ def test_info_lists_versions_classes_back_ends_and_devices() -> None:
     shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
     assert shown["mistral_hf"] == mistral_hf.__version__
     assert shown["torch"] == version("torch")
-    assert shown["AutoModelForCausalLM"] == "mistral_hf.modeling_mistral.MistralForCausalLM"
+    assert (
+        shown["AutoConfig"] == shown["transformers.MistralConfig"] == "mistral_hf.configuration_mistral.MistralConfig"
+    )
+    for auto_class, model_class in registration.MODEL_CLASSES.items():
+        name = model_class.__name__
+        assert shown[auto_class.__name__] == shown[f"transformers.{name}"] == f"mistral_hf.modeling_mistral.{name}"
     assert shown["eager"] == shown["sdpa"] == "usable"
     assert f"{torch.get_num_threads()} threads" in shown["cpu"]
     assert shown["tiny-mistral"] == str(BUNDLED_CHECKPOINT)

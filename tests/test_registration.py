@@ -61,7 +61,7 @@ def test_the_auto_classes_build_our_models_from_a_configuration(tiny: Any) -> No
 
 def test_the_reference_classes_stay_usable(tiny: Any, checkpoint: Path) -> None:
     assert type(AutoModel.from_config(StockConfig(**tiny()))) is stock_modeling.MistralModel
-    assert type(transformers.MistralForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
+    assert type(stock_modeling.MistralForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
 
 
 @pytest.mark.usefixtures("registered")
@@ -211,3 +211,38 @@ print(mistral_hf.convert.convert_raw_to_hf.__module__, mistral_hf.chat.get_chat_
     before, after = run_python(code).splitlines()[-2:]
     assert before == "False False"
     assert after == "mistral_hf.convert.folders mistral_hf.chat.template"
+
+
+NAMES = ("MistralConfig", "MistralPreTrainedModel", *AUTO.values())
+
+
+def names_resolved() -> set[str]:
+    return {getattr(transformers, name).__module__ for name in NAMES}
+
+
+@pytest.mark.usefixtures("registered")
+def test_the_names_in_transformers_are_ours_until_they_are_given_back(checkpoint: Path) -> None:
+    assert names_resolved() == OURS
+    named = json.loads((checkpoint / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, named).from_pretrained(checkpoint)
+    assert type(model) is mistral_hf.MistralForCausalLM
+    assert isinstance(model, transformers.MistralForCausalLM)
+    mistral_hf.unregister()
+    mistral_hf.unregister()
+    assert names_resolved() == BUILT_IN
+    mistral_hf.register(names=False)
+    assert names_resolved() == BUILT_IN
+    assert resolved_modules(checkpoint) == OURS
+    mistral_hf.register()
+    assert names_resolved() == OURS
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_name_that_stays_the_library_s_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    mistral_hf.unregister()
+    with monkeypatch.context() as patch:
+        patch.setitem(registration.NAMES, "MistralForCausalLM", stock_modeling.MistralForCausalLM)
+        patch.setattr(registration, "setattr", lambda *args: None, raising=False)
+        with pytest.raises(RuntimeError, match=r"transformers\.Mistral\w+ resolves model_type 'mistral' to"):
+            mistral_hf.register()
+    assert names_resolved() == BUILT_IN

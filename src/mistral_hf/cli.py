@@ -1,4 +1,4 @@
-"""The command line: ``mistral-hf generate | chat | convert | info``. Commands import what they need when they run."""
+"""The command line: ``mistral-hf generate | chat | serve | run | convert | info``; each imports what it needs."""
 
 import logging
 import os
@@ -206,6 +206,43 @@ def _lines(prompt: str) -> Iterator[str]:
         yield line.strip()
 
 
+# The rest of the command line belongs to another program, options included.
+PASSED_ON = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+SERVER_PACKAGES = ("accelerate", "fastapi", "openai", "pydantic", "uvicorn")
+
+
+@app.command(context_settings={**PASSED_ON, "help_option_names": []})
+def serve(options: Annotated[list[str] | None, typer.Argument(help="Options of the server.")] = None) -> None:
+    """Serve chats and texts over HTTP, on 127.0.0.1 unless --host is given.
+
+    This is `transformers serve`, with all its options; `mistral-hf serve --help` lists them.
+    """
+    options = options or []
+    missing = [package for package in SERVER_PACKAGES if find_spec(package) is None]
+    if missing and "--help" not in options:
+        remedy = "which is not installed: pip install 'mistral_hf[serve]' brings it."
+        typer.echo(f"The server needs {' and '.join(missing)}, {remedy}", err=True)
+        raise typer.Exit(1)
+    from transformers.cli.serve import Serve
+
+    server = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    server.command()(Serve)
+    server(["--host", "127.0.0.1", *options], prog_name="mistral-hf serve")  # a second --host replaces the first
+
+
+@app.command(context_settings=PASSED_ON)
+def run(
+    command: Annotated[list[str], typer.Argument(help="SCRIPT.py, -m MODULE or a program, and its arguments.")],
+) -> None:
+    """Run COMMAND with the package registered in it, and in every Python process that it starts.
+
+    For programs that load models without importing mistral_hf: lm_eval, trl, accelerate launch, torchrun, axolotl.
+    """
+    from .launch import launch
+
+    launch(command)
+
+
 @app.command()
 def convert(
     input_dir: Annotated[Path, typer.Argument(help="Folder with params.json and raw weights.")],
@@ -316,10 +353,11 @@ def _check_installed(option: str, *packages: str) -> None:
 @app.command()
 def info() -> None:
     """Show versions, the classes of the Auto classes, attention back ends, devices and memory."""
-    from .registration import resolved
+    from .registration import resolved, resolved_names
 
     _print_table("Versions", [("python", platform.python_version()), *((name, _version(name)) for name in PACKAGES)])
-    classes = ((name, f"{found.__module__}.{found.__qualname__}") for name, (found, _) in resolved().items())
+    found_classes = (resolved() | resolved_names()).items()
+    classes = ((name, f"{found.__module__}.{found.__qualname__}") for name, (found, _) in found_classes)
     _print_table('Classes for model_type "mistral"', classes)
     _print_table("Attention back ends", ((name, _backend_state(name)) for name in BACKENDS))
     _print_table("Devices", _devices())
@@ -328,9 +366,11 @@ def info() -> None:
 
 
 def _print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    rows = list(rows)
+    width = max([38, *(len(name) + 2 for name, _ in rows)])
     typer.echo(title)
     for name, value in rows:
-        typer.echo(f"  {name:<38}{value}")
+        typer.echo(f"  {name:<{width}}{value}")
 
 
 def _version(package: str) -> str:

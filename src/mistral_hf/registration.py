@@ -1,5 +1,6 @@
-"""Registers our classes for ``model_type: "mistral"``; the only module that touches the Auto classes."""
+"""Registers our classes for ``model_type: "mistral"``; the only module that touches the library's classes."""
 
+import transformers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,6 +18,7 @@ from .modeling_mistral import (
     MistralForSequenceClassification,
     MistralForTokenClassification,
     MistralModel,
+    MistralPreTrainedModel,
 )
 
 MODEL_CLASSES = {
@@ -28,8 +30,19 @@ MODEL_CLASSES = {
 }
 
 
-def register() -> None:
+# The names in `transformers` under which tools look the classes up, as in config.architectures.
+NAMES = {
+    model_class.__name__: model_class
+    for model_class in (MistralConfig, MistralPreTrainedModel, *MODEL_CLASSES.values())
+}
+
+
+def register(names: bool = True) -> None:
     """Make the Auto classes resolve Mistral checkpoints to this package; a second call changes nothing.
+
+    Args:
+        names: Also replace the names in ``transformers`` (``transformers.MistralForCausalLM``, ...), by which tools
+            look up the class that a checkpoint names. The reference stays in ``transformers.models.mistral``.
 
     Raises:
         RuntimeError: The library accepts the registration, but still resolves to another class.
@@ -37,7 +50,10 @@ def register() -> None:
     AutoConfig.register("mistral", MistralConfig, exist_ok=True)
     for auto_class, model_class in MODEL_CLASSES.items():
         auto_class.register(MistralConfig, model_class, exist_ok=True)
-    for name, (found, expected) in resolved().items():
+    if names:
+        for name, ours in NAMES.items():
+            setattr(transformers, name, ours)
+    for name, (found, expected) in (resolved() | (resolved_names() if names else {})).items():
         if found is not expected:
             unregister()
             raise RuntimeError(
@@ -48,10 +64,13 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Return Mistral checkpoints to the library's own classes; a second call changes nothing."""
+    """Return Mistral checkpoints, and the names, to the library's own classes; a second call changes nothing."""
     CONFIG_MAPPING._extra_content.pop("mistral", None)
     for auto_class in MODEL_CLASSES:
         auto_class._model_mapping._extra_content.pop(MistralConfig, None)
+    for name, ours in NAMES.items():
+        if vars(transformers).get(name) is ours:  # the library imports its own again when it is asked for
+            delattr(transformers, name)
 
 
 def resolved() -> dict[str, tuple[type, type]]:
@@ -61,3 +80,8 @@ def resolved() -> dict[str, tuple[type, type]]:
     for auto_class, model_class in MODEL_CLASSES.items():
         classes[auto_class.__name__] = (auto_class._model_mapping[config_class], model_class)
     return classes
+
+
+def resolved_names() -> dict[str, tuple[type, type]]:
+    """For every Mistral name in ``transformers``: the class that it gives, and ours."""
+    return {f"transformers.{name}": (getattr(transformers, name), ours) for name, ours in NAMES.items()}
