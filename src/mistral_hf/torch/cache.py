@@ -29,7 +29,8 @@ class RollingCache(Cache):
         max_cache_len: Preallocate fixed buffers for that many tokens, for compiled decoding; None lets them grow as
             needed.
         offloading: Keep layers in CPU memory while they are not used.
-        round_up: Make preallocated buffers somewhat longer, so that calls of similar lengths share a graph.
+        round_up: Make preallocated buffers somewhat longer, so that calls of similar lengths share a graph. False gives
+            attention weights the length of the cache, from the first tokens on.
 
     Raises:
         ValueError: ``max_cache_len`` is less than 1.
@@ -102,7 +103,7 @@ def _layers(config: PreTrainedConfig, max_cache_len: int | None, round_up: bool)
     if max_cache_len < 1:
         raise ValueError(f"max_cache_len={max_cache_len} must be at least 1 token.")
     slots = max(STATIC_BUCKET, power_of_two(max_cache_len)) if round_up else max_cache_len
-    return [StaticRollingLayer(slots, window, shown=max_cache_len) for _ in range(count)]
+    return [StaticRollingLayer(slots, window, max_cache_len, all_slots=not round_up) for _ in range(count)]
 
 
 def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLayer:

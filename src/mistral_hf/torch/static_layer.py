@@ -22,18 +22,27 @@ class StaticRollingLayer(RingLayer):
         sliding_window: W, in tokens, or None for full attention.
         shown: Tokens that `keys` and `values` have room for, those that are missing being zeros (default:
             `max_cache_len`).
+        all_slots: Let the first tokens attend to all slots as well, as attention weights of the length of the cache
+            need.
     """
 
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, max_cache_len: int, sliding_window: int | None = None, shown: int | None = None) -> None:
+    def __init__(
+        self,
+        max_cache_len: int,
+        sliding_window: int | None = None,
+        shown: int | None = None,
+        all_slots: bool = False,
+    ) -> None:
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self.shown = min(shown or max_cache_len, sliding_window or max_cache_len)
         self.max_cache_len = min(max_cache_len, sliding_window or max_cache_len)
         self.wraps = sliding_window is not None and sliding_window <= max_cache_len
+        self.all_slots = all_slots
         self.cumulative_length = torch.zeros((), dtype=torch.long)
         self.is_fresh = True
 
@@ -55,7 +64,7 @@ class StaticRollingLayer(RingLayer):
         count = key_states.shape[2]
         if count > self.max_cache_len and not self.wraps:
             raise ValueError(f"{count} tokens do not fit a static cache of {self.max_cache_len}; raise max_cache_len.")
-        if count == 1:
+        if self._returns_slots(count):
             keys, values = self.key_buffer, self.value_buffer
         elif self.is_fresh:
             keys, values = key_states, value_states
@@ -74,13 +83,17 @@ class StaticRollingLayer(RingLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of keys that `update` will return, and the position of the first chronological one (0 if none)."""
-        if query_length == 1:
+        if self._returns_slots(query_length):
             return self.max_cache_len, 0
         return (query_length if self.is_fresh else self.max_cache_len + query_length), 0
 
     def ring_slots(self, query_length: int) -> int:
         """Number of leading keys that `update` will return in slot order."""
-        return 0 if query_length > 1 and self.is_fresh else self.max_cache_len
+        return 0 if self.is_fresh and not self._returns_slots(query_length) else self.max_cache_len
+
+    def _returns_slots(self, count: int) -> bool:
+        """Whether `update` returns the buffer itself."""
+        return count == 1 or (self.is_fresh and self.all_slots and count <= self.max_cache_len)
 
     def get_seq_length(self) -> Tensor | int:
         """Number of tokens so far, as a 0-d tensor once the buffer is allocated."""
