@@ -246,3 +246,19 @@ def test_a_name_that_stays_the_library_s_is_an_error(monkeypatch: pytest.MonkeyP
         with pytest.raises(RuntimeError, match=r"transformers\.Mistral\w+ resolves model_type 'mistral' to"):
             mistral_hf.register()
     assert names_resolved() == BUILT_IN
+
+
+def test_both_modules_of_transformers_give_our_names() -> None:
+    """The library imports itself a second time; whoever imported it before keeps the first module."""
+    code = """
+import sys
+import transformers
+import mistral_hf
+print(transformers is sys.modules["transformers"])
+for change in (lambda: None, mistral_hf.unregister, mistral_hf.register):
+    change()
+    print(*(module.MistralForCausalLM.__module__ for module in (transformers, sys.modules["transformers"])))
+"""
+    lines = run_python(code).splitlines()[-4:]
+    ours, stock = "mistral_hf.modeling_mistral", "transformers.models.mistral.modeling_mistral"
+    assert lines == ["False", f"{ours} {ours}", f"{stock} {stock}", f"{ours} {ours}"]

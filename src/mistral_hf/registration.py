@@ -1,6 +1,8 @@
 """Registers our classes for ``model_type: "mistral"``; the only module that touches the library's classes."""
 
-import transformers
+import sys
+from types import ModuleType
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -51,8 +53,9 @@ def register(names: bool = True) -> None:
     for auto_class, model_class in MODEL_CLASSES.items():
         auto_class.register(MistralConfig, model_class, exist_ok=True)
     if names:
-        for name, ours in NAMES.items():
-            setattr(transformers, name, ours)
+        for module in _transformers():
+            for name, ours in NAMES.items():
+                setattr(module, name, ours)
     for name, (found, expected) in (resolved() | (resolved_names() if names else {})).items():
         if found is not expected:
             unregister()
@@ -68,9 +71,10 @@ def unregister() -> None:
     CONFIG_MAPPING._extra_content.pop("mistral", None)
     for auto_class in MODEL_CLASSES:
         auto_class._model_mapping._extra_content.pop(MistralConfig, None)
-    for name, ours in NAMES.items():
-        if vars(transformers).get(name) is ours:  # the library imports its own again when it is asked for
-            delattr(transformers, name)
+    for module in _transformers():
+        for name, ours in NAMES.items():
+            if vars(module).get(name) is ours:  # the library imports its own again when it is asked for
+                delattr(module, name)
 
 
 def resolved() -> dict[str, tuple[type, type]]:
@@ -84,4 +88,17 @@ def resolved() -> dict[str, tuple[type, type]]:
 
 def resolved_names() -> dict[str, tuple[type, type]]:
     """For every Mistral name in ``transformers``: the class that it gives, and ours."""
-    return {f"transformers.{name}": (getattr(transformers, name), ours) for name, ours in NAMES.items()}
+    modules = _transformers()
+    classes: dict[str, tuple[type, type]] = {}
+    for name, ours in NAMES.items():
+        others = (found for found in (getattr(module, name) for module in modules) if found is not ours)
+        classes[f"transformers.{name}"] = (next(others, ours), ours)
+    return classes
+
+
+def _transformers() -> list[ModuleType]:
+    """The modules ``transformers`` in use: the library imports itself again, and early importers keep the first."""
+    holders = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
+    held = [sys.modules["transformers"], *(names.get("transformers") for names in holders)]
+    modules = [module for module in held if isinstance(module, ModuleType) and module.__name__ == "transformers"]
+    return list({id(module): module for module in modules}.values())
