@@ -188,6 +188,10 @@ def test_a_tuple_of_keys_and_values_is_refused_with_the_remedy(make_model: Any, 
     )
 
 
-def test_a_configuration_of_the_reference_has_what_ours_needs() -> None:
+def test_a_configuration_of_the_reference_is_refused_with_the_way_to_convert_it() -> None:
     fields = StockConfig().to_dict()
+    with pytest.raises(
+        ValueError, match=r"is a transformers\..*MistralConfig, but must be a mistral_hf\.MistralConfig"
+    ):
+        MistralForCausalLM(StockConfig())
     assert MistralConfig.from_dict(fields).head_shape == (32, 8, 128)

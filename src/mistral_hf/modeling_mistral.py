@@ -68,6 +68,11 @@ class MistralPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: MistralConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, MistralConfig):
+            raise ValueError(
+                f"The configuration is a {type(config).__module__}.{type(config).__qualname__}, but must be a"
+                " mistral_hf.MistralConfig: use MistralConfig.from_dict(config.to_dict()), or the Auto classes."
+            )
         config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
         super().__init__(config, *args, **kwargs)
 
