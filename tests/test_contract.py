@@ -126,11 +126,12 @@ def test_attention_uses_the_rotary_factors_that_it_is_given(make_pair: Any) -> N
         cos, sin = model.model.rotary_emb(states, positions)
         assert cos.shape == sin.shape == (1, 5, 12)
         attention = model.model.layers[0].self_attn
-        for factors in ((cos, sin), (cos.clone(), sin.clone()), (cos * 0.5, sin * -2)):
+        for factors in ((cos, sin), (cos.clone(), sin.clone()), (cos * 0.5, sin), (cos, sin * -2)):
             found.append(attention(hidden_states=states, position_embeddings=factors, attention_mask=None)[0])
-    for ours, stock in zip(found[:3], found[3:], strict=True):
+    for ours, stock in zip(found[:4], found[4:], strict=True):
         torch.testing.assert_close(ours, stock, **CLOSE)
     assert not torch.allclose(found[0], found[2])
+    assert not torch.allclose(found[0], found[3])
 
 
 @pytest.mark.parametrize("auto", [MistralForCausalLM, AutoModelForCausalLM])
