@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
+from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]  # there where axolotl runs
 
 from .registration import register
 

@@ -11,6 +11,7 @@ keras = pytest.importorskip("keras", reason=_REASON)
 if keras.backend.backend() != "tensorflow":
     pytest.skip(f"Keras runs on {keras.backend.backend()} here, not on TensorFlow", allow_module_level=True)
 
+# After the skips above: these import TensorFlow.
 import mistral_hf  # noqa: E402
 from mistral_hf.tf import attention as tf_attention  # noqa: E402
 from mistral_hf.tf import generation as tf_generation  # noqa: E402

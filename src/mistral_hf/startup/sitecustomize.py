@@ -23,7 +23,7 @@ def _register() -> None:
         RuntimeError: The registration failed, and ``MISTRAL_HF_STRICT`` is ``1``.
     """
     try:
-        import mistral_hf  # noqa: F401
+        import mistral_hf  # noqa: F401 - the import registers
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "mistral_hf":
             return

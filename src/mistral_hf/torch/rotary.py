@@ -15,7 +15,7 @@ def rotary_factors(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[
     signed = torch.cat([-sin, sin], dim=-1).to(dtype)
     cos, sin = torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([sin, sin], dim=-1).to(dtype)
     # What every layer needs of them, prepared once; factors that a tool changes or replaces do not have it.
-    sin.prepared = cos, cos.unsqueeze(1), signed.unsqueeze(1)  # type: ignore[attr-defined]
+    sin.prepared = cos, cos.unsqueeze(1), signed.unsqueeze(1)  # type: ignore[attr-defined]  # ours
     return cos, sin
 
 
