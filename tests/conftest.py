@@ -16,11 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-from transformers.models.mistral import configuration_mistral as stock_configuration
-from transformers.models.mistral import modeling_mistral as stock_modeling
 
 import mistral_hf
-from mistral_hf import MistralConfig
+from tests.helpers.family import FAMILIES
 
 torch.set_num_threads(1)
 
@@ -73,13 +71,17 @@ def tiny() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def make_model(tiny: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
-    """Builds one of our models from `tiny` with overrides, in eval mode; norms and biases are random as well."""
+def make_model(request: pytest.FixtureRequest, tiny: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
+    """Builds one of our models from `tiny` with overrides, in eval mode; norms and biases are random as well.
+
+    The models are of the type ``mistral``, or of the one that `FAMILY` names.
+    """
+    family = FAMILIES[getattr(request, "param", "mistral")]
 
     def make(head: str = "ForCausalLM", implementation: str = "sdpa", seed: int = 0, **overrides: Any) -> Any:
         torch.manual_seed(seed)
-        config = MistralConfig(**tiny(**overrides), attn_implementation=implementation)
-        model = getattr(mistral_hf, f"Mistral{head}")(config).eval()
+        config = family.config(**family.fields(tiny(**overrides)), attn_implementation=implementation)
+        model = getattr(family.modeling, f"{family.stem}{head}")(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:
@@ -94,10 +96,11 @@ def to_stock() -> Callable[[Any], Any]:
     """Builds the reference model with the configuration and the weights of one of ours."""
 
     def convert(model: Any) -> Any:
-        fields = model.config.to_dict()
-        implementation = model.config._attn_implementation
-        config = stock_configuration.MistralConfig.from_dict(fields, attn_implementation=implementation)
-        stock = getattr(stock_modeling, type(model).__name__)(config).to(model.dtype).eval()
+        family, fields = FAMILIES[model.config.model_type], model.config.to_dict()
+        if model.config.model_type == "ministral" and fields["sliding_window"] is None:
+            fields["sliding_window"] = 1  # the reference needs one for a mask, even where no layer has a window
+        config = family.stock_config.from_dict(fields, attn_implementation=model.config._attn_implementation)
+        stock = getattr(family.stock_modeling, type(model).__name__)(config).to(model.dtype).eval()
         stock.load_state_dict(model.state_dict())
         return stock
 

@@ -10,10 +10,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from tests.helpers.comparison import TIGHT, assert_same_outputs
+from tests.helpers.family import FAMILY
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
 
+@FAMILY
 def test_the_attention_implementation_can_be_switched(make_pair: Any, padded: Any) -> None:
     pair, inputs = make_pair("ForCausalLM", "eager"), padded(12, 5)
     for implementation in ("sdpa", "eager", "sdpa"):
@@ -31,6 +33,7 @@ def test_an_unknown_implementation_is_refused(make_model: Any) -> None:
         make_model().set_attn_implementation("psychic")
 
 
+@FAMILY
 def test_flex_attention_matches_sdpa(make_model: Any, padded: Any) -> None:
     model = make_model(head_dim=16, num_hidden_layers=1)
     inputs = padded(40, 25)
@@ -53,6 +56,7 @@ def test_attention_dropout_acts_in_training_only(make_model: Any, token_ids: Any
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("additive", [False, True], ids=["boolean", "additive"])
 @pytest.mark.parametrize("per_head", [False, True])
+@FAMILY
 def test_custom_masks_match_the_reference(
     implementation: str, additive: bool, per_head: bool, make_pair: Any, token_ids: Any
 ) -> None:

@@ -9,11 +9,13 @@ from transformers import CompileConfig
 
 from mistral_hf import RollingCache
 from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
+from tests.helpers.family import FAMILY
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@FAMILY
 def test_a_compiled_language_model_matches_the_model(backend: str, make_model: Any, padded: Any) -> None:
     model = make_model(num_hidden_layers=1)
     inputs = padded(12, 5)
@@ -45,6 +47,7 @@ def test_an_exported_program_matches_the_model(length: int, make_model: Any, tok
 
 
 @pytest.mark.parametrize("with_mask", [False, True])
+@FAMILY
 def test_one_exported_program_serves_every_length(with_mask: bool, make_model: Any, token_ids: Any) -> None:
     """The lengths lie below and above the window, and beyond a block of queries."""
     model = make_model(num_hidden_layers=1)
@@ -62,6 +65,7 @@ def test_one_exported_program_serves_every_length(with_mask: bool, make_model: A
         )
 
 
+@FAMILY
 def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_ids: Any) -> None:
     """The steps begin in an almost empty buffer and wrap it twice, in two sequences of different lengths."""
     model = make_model(sliding_window=8)
@@ -84,6 +88,7 @@ def test_one_graph_serves_before_at_and_after_the_wrap(make_model: Any, token_id
     assert counter.frame_count == 1
 
 
+@FAMILY
 def test_generate_compiles_its_step_once(make_model: Any, token_ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two calls of `generate` with different prompt lengths, both across the wrap, share one decoding graph."""
     model = make_model(sliding_window=8)

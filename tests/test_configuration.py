@@ -146,14 +146,21 @@ def test_wrong_types_are_refused(field: str, value: Any) -> None:
         MistralConfig(**{field: value})
 
 
-def test_layer_types_must_be_uniform() -> None:
-    alternating = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"layer_types=.* must all be 'sliding_attention'.*[Mm]inistral"):
-        MistralConfig(num_hidden_layers=2, layer_types=alternating)
-    with pytest.raises(ValueError, match="must all be 'full_attention'"):
-        MistralConfig(num_hidden_layers=2, sliding_window=None, layer_types=["sliding_attention"] * 2)
-    config = MistralConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
-    assert config.sliding_window == 4096
+def test_layer_types_give_every_layer_its_window() -> None:
+    kinds = ["full_attention", "sliding_attention"]
+    config = MistralConfig(num_hidden_layers=2, layer_types=kinds)
+    assert config.layer_windows == [None, 4096]
+    assert MistralConfig(num_hidden_layers=2).layer_windows == [4096, 4096]
+    assert MistralConfig(num_hidden_layers=2, sliding_window=None).layer_windows == [None, None]
+    assert "layer_types" not in MistralConfig(num_hidden_layers=2).to_dict()  # the library would take it for another type
+    assert MinistralConfig(num_hidden_layers=2).layer_types == ["sliding_attention"] * 2
+    assert MinistralConfig(num_hidden_layers=2, sliding_window=None).layer_types == ["full_attention"] * 2
+    with pytest.raises(ValueError, match=r"layer_types=.* has 'chunked_attention' at 1"):
+        MistralConfig(num_hidden_layers=2, layer_types=["full_attention", "chunked_attention"])
+    with pytest.raises(ValueError, match=r"layer_types=.* must have an entry for each of num_hidden_layers=3"):
+        MistralConfig(num_hidden_layers=3, layer_types=kinds)
+    with pytest.raises(ValueError, match=r"layer_types=.* has windows, but sliding_window is None"):
+        MistralConfig(num_hidden_layers=2, sliding_window=None, layer_types=kinds)
 
 
 @pytest.mark.parametrize(

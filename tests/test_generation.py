@@ -13,6 +13,7 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 
 from mistral_hf import MistralForCausalLM, RollingCache
 from tests.helpers import reference
+from tests.helpers.family import FAMILY, WINDOWED
 
 FREE: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 8])
@@ -25,6 +26,7 @@ def generate(model: Any, inputs: dict[str, Tensor], count: int = 20, **options: 
 
 
 @pytest.mark.parametrize(("window", "implementation"), [(None, "sdpa"), (8, "sdpa"), (8, "eager"), (40, "sdpa")])
+@FAMILY
 def test_greedy_text_matches_the_reference_over_256_tokens(
     window: int | None, implementation: str, make_pair: Any, padded: Any
 ) -> None:
@@ -39,6 +41,7 @@ def test_greedy_text_matches_the_reference_over_256_tokens(
 
 @IMPLEMENTATIONS
 @WINDOWS
+@WINDOWED
 def test_greedy_matches_the_uncached_oracle(
     window: int | None, implementation: str, make_model: Any, padded: Any
 ) -> None:
@@ -50,6 +53,7 @@ def test_greedy_matches_the_uncached_oracle(
     assert torch.equal(generate(model, inputs, 20, use_cache=False), expected)
 
 
+@FAMILY
 def test_padding_does_not_change_the_text(make_model: Any, padded: Any) -> None:
     model = make_model()
     inputs = padded(21, 1, 9)
@@ -60,6 +64,7 @@ def test_padding_does_not_change_the_text(make_model: Any, padded: Any) -> None:
         assert torch.equal(together[row, 21:], alone[0, length:])
 
 
+@FAMILY
 def test_prompts_longer_than_a_block_of_queries_match_the_reference(make_pair: Any, padded: Any) -> None:
     ours, stock = (generate(model, padded(700, 650)) for model in make_pair(sliding_window=100))
     assert torch.equal(ours, stock)
@@ -78,6 +83,7 @@ def test_prompts_longer_than_a_block_of_queries_match_the_reference(make_pair: A
     ],
     ids=lambda options: "-".join(options),
 )
+@FAMILY
 def test_every_decoding_strategy_matches_the_reference(options: dict[str, Any], make_pair: Any, padded: Any) -> None:
     texts = []
     for model in make_pair():
@@ -96,6 +102,7 @@ class Oracle(MistralForCausalLM):
 
 @WINDOWS
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"num_beams": 3}], ids=["sampling", "beams"])
+@WINDOWED
 def test_sampling_and_beams_match_the_oracle(
     options: dict[str, Any], window: int | None, make_model: Any, padded: Any
 ) -> None:
@@ -111,6 +118,7 @@ def test_sampling_and_beams_match_the_oracle(
 
 @WINDOWS
 @pytest.mark.parametrize("way", ["assisted", "lookup"])
+@WINDOWED
 def test_speculation_matches_the_oracle(way: str, window: int | None, make_model: Any, token_ids: Any) -> None:
     """Wrong guesses of an assistant or a lookup are removed from the buffer, before and after it wraps."""
     model, ids = make_model(sliding_window=window), token_ids(1, 4).repeat(1, 3)
@@ -141,6 +149,7 @@ def test_end_of_text_stops_a_row(make_pair: Any, padded: Any) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 8])
+@FAMILY
 def test_assisted_decoding_does_not_change_the_text(window: int | None, make_pair: Any, token_ids: Any) -> None:
     """One assistant guesses well (it is the model itself), and another is mostly wrong."""
     pair = make_pair(sliding_window=window)
@@ -181,6 +190,7 @@ def test_embeddings_generate_the_text_of_their_ids(window: int | None, make_pair
     ("cache", "window", "implementation"),
     [("dynamic", 8, "sdpa"), *(("static", window, "sdpa") for window in (None, 1, 2, 8)), ("static", 8, "eager")],
 )
+@WINDOWED
 def test_named_cache_implementations_match_the_oracle(
     cache: str, window: int | None, implementation: str, make_model: Any, padded: Any
 ) -> None:
@@ -191,6 +201,7 @@ def test_named_cache_implementations_match_the_oracle(
 
 
 @pytest.mark.parametrize("window", [None, 8])
+@FAMILY
 def test_beams_in_a_static_cache_match_the_default_cache(window: int | None, make_model: Any, padded: Any) -> None:
     model, inputs = make_model(sliding_window=window), padded(11, 4)
     beams = {"num_beams": 3, "num_return_sequences": 2}
@@ -200,6 +211,7 @@ def test_beams_in_a_static_cache_match_the_default_cache(window: int | None, mak
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves layers from and to an accelerator")
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+@FAMILY
 def test_offloaded_caches_do_not_change_the_text(cache: str, make_model: Any, padded: Any) -> None:
     model = make_model().to("cuda")
     inputs = {name: tensor.to("cuda") for name, tensor in padded(11, 4).items()}
@@ -208,6 +220,7 @@ def test_offloaded_caches_do_not_change_the_text(cache: str, make_model: Any, pa
 
 @pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("kind", ["dynamic", "dynamic without configuration", "static", "rolling", "static rolling"])
+@WINDOWED
 def test_a_cache_passed_by_the_caller_is_used_and_matches_the_oracle(
     kind: str, window: int | None, make_model: Any, padded: Any
 ) -> None:
@@ -242,6 +255,7 @@ def test_quantized_caches_match_the_reference(backend: str, make_pair: Any, padd
 
 
 @pytest.mark.parametrize(("chunk", "window"), [(1, 8), (3, None), (3, 1), (3, 2), (3, 8), (8, 8), (50, 8)])
+@WINDOWED
 def test_prefill_in_chunks_does_not_change_the_text(
     chunk: int, window: int | None, make_model: Any, padded: Any
 ) -> None:
@@ -252,6 +266,7 @@ def test_prefill_in_chunks_does_not_change_the_text(
 
 
 @WINDOWS
+@FAMILY
 def test_a_conversation_continues_from_its_cache(window: int | None, make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(sliding_window=window), token_ids(2, 9)
     cache = None
@@ -280,6 +295,7 @@ def test_logits_of_every_step_match_the_reference_and_scores_are_returned(make_p
     assert len(ours.scores) == 20
 
 
+@FAMILY
 def test_attentions_and_hidden_states_of_every_step_match_the_reference(make_pair: Any, padded: Any) -> None:
     """Without a window, since a wrapped buffer would return the weights in the order of its slots."""
     options = {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True}
@@ -292,6 +308,7 @@ def test_attentions_and_hidden_states_of_every_step_match_the_reference(make_pai
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@FAMILY
 def test_low_precision_runs_past_the_window(dtype: torch.dtype, make_model: Any, padded: Any) -> None:
     text = generate(make_model().to(dtype), padded(11, 4), 20)
     assert text.shape == (2, 31)
@@ -319,6 +336,7 @@ def test_a_cache_takes_the_memory_of_one_window(make_model: Any, token_ids: Any)
     assert cache.get_seq_length() == 519
 
 
+@FAMILY
 def test_continuous_batching_matches_generate(make_model: Any) -> None:
     model = make_model()
     prompts = [[5, 6, 7, 8], [9] * 13, [3, 4]]

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tests.conftest import HEADS, VOCABULARY
 from tests.helpers import reference
 from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
+from tests.helpers.family import FAMILY, WINDOWED
 
 IMPLEMENTATIONS = ("eager", "sdpa")
 
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = ("eager", "sdpa")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("head", HEADS)
+@FAMILY
 def test_forward_and_loss_match_the_reference(
     head: str, side: str, implementation: str, make_pair: Any, padded: Callable[..., dict[str, Tensor]]
 ) -> None:
@@ -29,6 +31,7 @@ def test_forward_and_loss_match_the_reference(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("head", HEADS)
+@FAMILY
 def test_gradients_match_the_reference(head: str, implementation: str, make_pair: Any, padded: Any) -> None:
     pair = make_pair(head, implementation)
     # An answer may lie in the padding, where the two implementations of the reference differ.
@@ -46,6 +49,7 @@ def test_gradients_match_the_reference(head: str, implementation: str, make_pair
 @pytest.mark.parametrize("window", [None, 1, 2, 8])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 19])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@WINDOWED
 def test_logits_match_the_oracle_for_every_window_and_length(
     window: int | None, length: int, implementation: str, make_pair: Any, padded: Any
 ) -> None:
@@ -60,6 +64,7 @@ def test_logits_match_the_oracle_for_every_window_and_length(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("window", [None, 1, 100, 600])
+@FAMILY
 def test_long_inputs_and_their_gradients_match_the_reference(
     window: int | None, implementation: str, make_pair: Any, padded: Any
 ) -> None:
@@ -100,6 +105,7 @@ def test_every_head_shape_matches_the_oracle_in_double_precision(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@FAMILY
 def test_low_precision_is_as_accurate_as_the_reference(
     dtype: torch.dtype, implementation: str, make_model: Any, to_stock: Any, padded: Any
 ) -> None:
@@ -133,6 +139,7 @@ def test_activations_match_the_reference(activation: str, make_pair: Any, token_
     assert_same_outputs(*make_pair(hidden_act=activation)(input_ids=token_ids(2, 9)))
 
 
+@FAMILY
 def test_initial_weights_are_distributed_as_in_the_reference(make_model: Any, to_stock: Any) -> None:
     from mistral_hf import MistralForSequenceClassification
 
@@ -145,6 +152,7 @@ def test_initial_weights_are_distributed_as_in_the_reference(make_model: Any, to
 
 
 @pytest.mark.parametrize("head", HEADS)
+@FAMILY
 def test_parameters_match_the_reference(head: str, make_pair: Any) -> None:
     pair = make_pair(head)
     ours, stock = ({n: (p.shape, p.dtype) for n, p in m.named_parameters()} for m in pair)
@@ -155,6 +163,7 @@ def test_parameters_match_the_reference(head: str, make_pair: Any) -> None:
         assert getattr(pair.ours, name) == getattr(pair.stock, name), name
 
 
+@FAMILY
 def test_inputs_embeds_give_the_logits_of_their_ids(make_pair: Any, padded: Any) -> None:
     pair = make_pair()
     inputs = padded(12, 5)
@@ -176,6 +185,7 @@ def test_logits_to_keep_selects_positions(make_pair: Any, token_ids: Any) -> Non
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@WINDOWED
 def test_hidden_states_match_the_reference_and_the_oracle(implementation: str, make_pair: Any, padded: Any) -> None:
     pair = make_pair("Model", implementation)
     inputs = padded(12, 5)
@@ -189,6 +199,7 @@ def test_hidden_states_match_the_reference_and_the_oracle(implementation: str, m
 
 
 @pytest.mark.parametrize("length", [12, 600])
+@FAMILY
 def test_attention_weights_match_the_reference(length: int, make_pair: Any, padded: Any) -> None:
     pair = make_pair("ForCausalLM", "eager", num_hidden_layers=1)
     inputs = padded(length, length - 3)
@@ -212,6 +223,7 @@ def test_collected_states_follow_the_configuration(make_model: Any, token_ids: A
 
 
 @pytest.mark.parametrize("head", HEADS)
+@FAMILY
 def test_tuples_have_the_items_of_the_reference(head: str, make_pair: Any, padded: Any) -> None:
     pair, inputs = make_pair(head), padded(6, 4)
     ours, stock = pair(
@@ -233,6 +245,7 @@ def test_use_cache_decides_whether_a_cache_is_returned(make_model: Any, token_id
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
+@FAMILY
 def test_gradient_checkpointing_does_not_change_loss_and_gradients(
     use_reentrant: bool, make_model: Any, padded: Any
 ) -> None:

@@ -72,7 +72,7 @@ def test_a_registration_without_effect_is_refused_and_undone(
     mistral_hf.unregister()
     with monkeypatch.context() as patch:
         patch.setattr(getattr(registration, ignored), "register", lambda *args, **kwargs: None)
-        with pytest.raises(RuntimeError, match=r"Auto\w+ resolves model_type 'mistral' to .* instead of mistral_hf\."):
+        with pytest.raises(RuntimeError, match=r"Auto\w+ of mistral resolves to .* instead of mistral_hf\."):
             mistral_hf.register()
     # No class stays registered.
     assert type(AutoModelForCausalLM.from_pretrained(checkpoint)) is stock_modeling.MistralForCausalLM
@@ -184,7 +184,8 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
     assert {name for name in new if name.partition(".")[0] != "mistral_hf"} == set()
     parts = {name.split(".")[1] for name in new if "." in name}
     assert parts == {
-        *("bundled", "compatibility", "configuration_mistral", "modeling_mistral", "registration", "torch"),
+        *("bundled", "compatibility", "registration", "torch"),
+        *(f"{kind}_{name}" for kind in ("configuration", "modeling") for name in ("mistral", "ministral", "ministral3")),
     }
     heavy = {
         "jax",
@@ -243,7 +244,7 @@ def test_a_name_that_stays_the_library_s_is_an_error(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setitem(registration.NAMES, "MistralForCausalLM", stock_modeling.MistralForCausalLM)
         patch.setattr(registration, "setattr", lambda *args: None, raising=False)
-        with pytest.raises(RuntimeError, match=r"transformers\.Mistral\w+ resolves model_type 'mistral' to"):
+        with pytest.raises(RuntimeError, match=r"transformers\.Mistral\w+ resolves to"):
             mistral_hf.register()
     assert names_resolved() == BUILT_IN
 

@@ -9,12 +9,30 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .bundled import BUNDLED_CHECKPOINT
+from .configuration_ministral import MinistralConfig
+from .configuration_ministral3 import Ministral3Config
 from .configuration_mistral import MistralConfig
 
 if TYPE_CHECKING:
     from . import chat, convert
     from .chat import encode_conversation, get_chat_template, validate_conversation
     from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
+    from .modeling_ministral import (
+        MinistralForCausalLM,
+        MinistralForQuestionAnswering,
+        MinistralForSequenceClassification,
+        MinistralForTokenClassification,
+        MinistralModel,
+        MinistralPreTrainedModel,
+    )
+    from .modeling_ministral3 import (
+        Ministral3ForCausalLM,
+        Ministral3ForQuestionAnswering,
+        Ministral3ForSequenceClassification,
+        Ministral3ForTokenClassification,
+        Ministral3Model,
+        Ministral3PreTrainedModel,
+    )
     from .modeling_mistral import (
         MistralForCausalLM,
         MistralForQuestionAnswering,
@@ -31,6 +49,20 @@ __all__ = [
     "BUNDLED_CHECKPOINT",
     "FlaxMistralForCausalLM",
     "FlaxMistralModel",
+    "Ministral3Config",
+    "Ministral3ForCausalLM",
+    "Ministral3ForQuestionAnswering",
+    "Ministral3ForSequenceClassification",
+    "Ministral3ForTokenClassification",
+    "Ministral3Model",
+    "Ministral3PreTrainedModel",
+    "MinistralConfig",
+    "MinistralForCausalLM",
+    "MinistralForQuestionAnswering",
+    "MinistralForSequenceClassification",
+    "MinistralForTokenClassification",
+    "MinistralModel",
+    "MinistralPreTrainedModel",
     "MistralConfig",
     "MistralForCausalLM",
     "MistralForQuestionAnswering",
@@ -56,6 +88,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
     "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
+    "modeling_ministral": (
+        "MinistralForCausalLM",
+        "MinistralForQuestionAnswering",
+        "MinistralForSequenceClassification",
+        "MinistralForTokenClassification",
+        "MinistralModel",
+        "MinistralPreTrainedModel",
+    ),
+    "modeling_ministral3": (
+        "Ministral3ForCausalLM",
+        "Ministral3ForQuestionAnswering",
+        "Ministral3ForSequenceClassification",
+        "Ministral3ForTokenClassification",
+        "Ministral3Model",
+        "Ministral3PreTrainedModel",
+    ),
     "modeling_mistral": (
         "MistralForCausalLM",
         "MistralForQuestionAnswering",

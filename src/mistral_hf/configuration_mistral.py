@@ -15,6 +15,7 @@ ACTIVATIONS = frozenset(
     }
 )
 
+SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -42,6 +43,8 @@ class MistralConfig(PreTrainedConfig):
         rope_parameters: ``rope_type``, ``rope_theta`` and the fields of the type, as in Transformers 5. The top-level
             ``rope_theta`` and ``rope_scaling`` of older files are read too.
         sliding_window: W, the number of keys a query sees, itself among them; None is full causal attention.
+        layer_types: ``"sliding_attention"`` or ``"full_attention"`` for every layer, where they differ; by default all
+            layers have the window. Written to a file only if it is set.
         attention_dropout: Dropout probability of the attention weights while training.
         loss_chunk_size: With labels, compute the language-model loss from the logits of that many tokens at a time and
             return no logits; None returns all of them. Written to a file only if it is set.
@@ -87,6 +90,7 @@ class MistralConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     rope_parameters: RopeParameters | dict[str, Any] | None = None
     sliding_window: int | None = 4096
+    layer_types: list[str] | None = None
     attention_dropout: float | int = 0.0
     loss_chunk_size: int | None = None
     label_smoothing: float | int = 0.0
@@ -103,6 +107,21 @@ class MistralConfig(PreTrainedConfig):
     def head_shape(self) -> tuple[int, int, int]:
         """H, K and D: query heads, key/value heads and head_dim; a validated configuration has all three."""
         return self.num_attention_heads, cast(int, self.num_key_value_heads), cast(int, self.head_dim)
+
+    def window_of(self, layer_idx: int) -> int | None:
+        """W of a decoder layer, None for full attention."""
+        full = self.layer_types is not None and self.layer_types[layer_idx] == FULL
+        return None if full else self.sliding_window
+
+    @property
+    def layer_windows(self) -> list[int | None]:
+        """W of every decoder layer, None for full attention."""
+        return [self.window_of(layer_idx) for layer_idx in range(self.num_hidden_layers)]
+
+    @property
+    def query_scaling(self) -> tuple[float, int] | None:
+        """Beta and the number of positions in the scaling of queries by their position; None without one."""
+        return None
 
     def problem_type_for(self, *, floating_point: bool) -> str:
         """What a sequence classification head is trained to do, given the kind of its labels.
@@ -124,7 +143,7 @@ class MistralConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; those that only this package has are left out unless set, since others read the file too."""
-        own = {"loss_chunk_size": None, "label_smoothing": 0.0}
+        own = {"loss_chunk_size": None, "label_smoothing": 0.0, "layer_types": None}
         return {name: value for name, value in super().to_dict().items() if name not in own or value != own[name]}
 
     def validate_architecture(self) -> None:
@@ -158,18 +177,24 @@ class MistralConfig(PreTrainedConfig):
         )
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
         self._check("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
-        self._check_uniform_layers()
+        self._check_layer_types()
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"MistralConfig: {name}={getattr(self, name)!r} {rule}.")
+            raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r} {rule}.")
 
-    def _check_uniform_layers(self) -> None:
-        layer_types = getattr(self, "layer_types", None)
-        expected = "full_attention" if self.sliding_window is None else "sliding_attention"
-        if layer_types is not None and any(layer_type != expected for layer_type in layer_types):
-            raise ValueError(
-                f"MistralConfig: layer_types={layer_types!r} must all be {expected!r}, since all layers of a Mistral"
-                f" model have the same sliding_window={self.sliding_window}. Alternating layers are the Ministral"
-                " architecture: load such a checkpoint through AutoModel, or set model_type to 'ministral'."
-            )
+    def _check_layer_types(self) -> None:
+        if self.layer_types is None:
+            return
+        for index, kind in enumerate(self.layer_types):
+            self._check("layer_types", kind in (SLIDING, FULL), f"has {kind!r} at {index}; known are {SLIDING}, {FULL}")
+        self._check(
+            "layer_types",
+            len(self.layer_types) >= self.num_hidden_layers,
+            f"must have an entry for each of num_hidden_layers={self.num_hidden_layers}",
+        )
+        self._check(
+            "layer_types",
+            self.sliding_window is not None or SLIDING not in self.layer_types,
+            "has windows, but sliding_window is None: give its size",
+        )

@@ -7,7 +7,6 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 """
 
 from collections.abc import Callable
-from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -45,7 +44,7 @@ from .torch.losses import (
     warn_without_labels,
 )
 from .torch.norm import rms_norm
-from .torch.rotary import apply_rotary, rotary_factors
+from .torch.rotary import apply_rotary, query_scale, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
@@ -57,6 +56,7 @@ class MistralPreTrainedModel(PreTrainedModel):
 
     config: MistralConfig
     config_class = MistralConfig
+    decoder_class: type[PreTrainedModel]  # below the heads
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MistralDecoderLayer"]
@@ -68,10 +68,11 @@ class MistralPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, config: MistralConfig, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(config, MistralConfig):
+        expected = self.config_class.__name__
+        if not isinstance(config, self.config_class):
             raise ValueError(
                 f"The configuration is a {type(config).__module__}.{type(config).__qualname__}, but must be a"
-                " mistral_hf.MistralConfig: use MistralConfig.from_dict(config.to_dict()), or the Auto classes."
+                f" mistral_hf.{expected}: use {expected}.from_dict(config.to_dict()), or the Auto classes."
             )
         config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
         super().__init__(config, *args, **kwargs)
@@ -148,7 +149,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
-        self.model = MistralModel(config)
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_function = language_model_loss
@@ -242,7 +243,7 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = MistralModel(config)
+        self.model = self.decoder_class(config)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.loss_function = sequence_classification_loss
         self.post_init()
@@ -326,7 +327,7 @@ class MistralForTokenClassification(MistralPreTrainedModel):
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = MistralModel(config)
+        self.model = self.decoder_class(config)
         self.dropout = nn.Dropout(_first_set(config, "classifier_dropout", "hidden_dropout", default=0.1))
         bias = getattr(config, "token_classification_bias", True)
         self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
@@ -383,7 +384,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
-        self.model = MistralModel(config)
+        self.model = self.decoder_class(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.loss_function = question_answering_loss
         self.post_init()
@@ -481,7 +482,7 @@ class MistralAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: tuple[Tensor, ...],
         attention_mask: Any = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -490,7 +491,8 @@ class MistralAttention(nn.Module):
 
         Args:
             hidden_states: ``[B, S, E]``.
-            position_embeddings: cos and sin as `MistralRotaryEmbedding` gives them.
+            position_embeddings: cos and sin, and the scale of the queries where there is one, as
+                `MistralRotaryEmbedding` gives them.
             attention_mask: As `attention.make_mask` returns it for the attention implementation.
             cache: The cache, which gets the new keys and values.
 
@@ -514,7 +516,7 @@ class MistralAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            sliding_window=self.config.sliding_window,
+            sliding_window=self.config.window_of(self.layer_idx),
             **kwargs,
         )
         return linear(self.o_proj, output.reshape(batch, length, -1)), weights
@@ -587,7 +589,7 @@ class MistralRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
         """Factors of the rotation in `apply_rotary`.
 
         Args:
@@ -595,10 +597,14 @@ class MistralRotaryEmbedding(nn.Module):
             position_ids: ``[B or 1, S]``.
 
         Returns:
-            cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`.
+            cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`; and where the configuration has one, the scale of
+            the queries, ``[B or 1, 1, S, 1]``.
         """
         angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        return rotary_factors(angles, self.attention_scaling, x.dtype)
+        factors = rotary_factors(angles, self.attention_scaling, x.dtype)
+        if self.config.query_scaling is None:
+            return factors
+        return *factors, query_scale(position_ids, *self.config.query_scaling, x.dtype)
 
 
 class MistralModel(MistralPreTrainedModel):
@@ -663,16 +669,16 @@ class MistralModel(MistralPreTrainedModel):
             packed=packed if takes_mask(implementation) else False,
             **kwargs,
         )
-        mask = self.make_mask(inputs_embeds, layout, kwargs.get("output_attentions"))
+        masks = self.make_masks(inputs_embeds, layout, cache, kwargs.get("output_attentions"))
         if use_cache and cache is None and not layout.is_packed:
             cache = RollingCache(self.config)
         warn_if_too_long(layout.keys, inputs_embeds.shape[1], self.config.max_position_embeddings)
         position_embeddings = self.rotary_emb(inputs_embeds, layout.positions)
         hidden_states = inputs_embeds
-        for layer in islice(self.layers, self.config.num_hidden_layers):
+        for layer, window in zip(self.layers, self.config.layer_windows, strict=False):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=mask,
+                attention_mask=masks[window],
                 position_ids=layout.positions,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
@@ -683,11 +689,23 @@ class MistralModel(MistralPreTrainedModel):
             last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None}
         )
 
-    def make_mask(self, inputs_embeds: Tensor, layout: SequenceLayout, output_attentions: bool | None = None) -> Any:
-        """The mask that all layers share, in the form of the attention implementation; see `attention.make_mask`."""
+    def make_masks(
+        self, inputs_embeds: Tensor, layout: SequenceLayout, cache: Cache | None, output_attentions: bool | None = None
+    ) -> dict[int | None, Any]:
+        """By window, the mask that all layers of the window share; see `attention.make_mask`."""
         weights_wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        implementation, window = self.config._attn_implementation, self.config.sliding_window
-        return make_mask(implementation, inputs_embeds, layout, window, weights_wanted, config=self.config)
+        implementation, windows = self.config._attn_implementation, self.config.layer_windows
+        return {
+            window: make_mask(
+                implementation,
+                inputs_embeds,
+                layout.for_layer(windows.index(window), window, cache),
+                window,
+                weights_wanted,
+                config=self.config,
+            )
+            for window in dict.fromkeys(windows)
+        }
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """``[B, S, E]``, from one of the two."""
@@ -703,3 +721,4 @@ class MistralModel(MistralPreTrainedModel):
 
 # Named after the classes, which this file defines from the top down.
 MistralPreTrainedModel._can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MistralAttention}
+MistralPreTrainedModel.decoder_class = MistralModel

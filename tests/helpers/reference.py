@@ -36,9 +36,11 @@ def hidden_states(
     batch, length = states.shape[:2]
     real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
     positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-    mask = window_mask(length, config.sliding_window) & real[:, None, None, :]  # [B, 1, S, S]
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     collected = [states]
     for index in range(config.num_hidden_layers):
+        window = config.sliding_window if kinds[index] == "sliding_attention" else None
+        mask = window_mask(length, window) & real[:, None, None, :]  # [B, 1, S, S]
         layer = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"layers.{index}.")}
         normed = rms_norm(states, layer["input_layernorm.weight"], config.rms_norm_eps)
         states = states + attention(layer, config, normed, positions, mask)

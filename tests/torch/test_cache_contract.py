@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from mistral_hf import MistralConfig, RollingCache
+from tests.helpers.family import FAMILY
 
 WINDOW = 8
 
@@ -24,6 +25,7 @@ def filled(model: Any, ids: Any, **options: Any) -> RollingCache:
 @pytest.mark.parametrize("length", [7, 8, 9, 12, 21])
 @pytest.mark.parametrize("window", [WINDOW, None])
 @pytest.mark.parametrize("static", [False, True])
+@FAMILY
 def test_the_keys_and_values_of_a_layer_are_those_of_the_reference(
     length: int, window: int | None, static: bool, make_pair: Any, token_ids: Any
 ) -> None:
@@ -33,17 +35,18 @@ def test_the_keys_and_values_of_a_layer_are_those_of_the_reference(
     stock = DynamicCache(config=pair.stock.config)
     with torch.no_grad():
         pair.stock(ids, past_key_values=stock)
-    for ours, theirs in zip(cache.layers, stock.layers, strict=True):
+    for ours, theirs, width in zip(cache.layers, stock.layers, pair.ours.config.layer_windows, strict=True):
         count = theirs.keys.shape[2]
         for found, expected in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             if static:
-                assert found.shape[2] == min(24, window or 24)
-                held = min(length, window or length)
+                assert found.shape[2] == min(24, width or 24)
+                held = min(length, width or length)
                 assert not found[:, :, held:].any()
                 found = found[:, :, held - count : held]
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@FAMILY
 def test_a_cache_rebuilt_from_keys_and_values_continues_the_text(make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(sliding_window=None), token_ids(2, 12)
     cache = filled(model, ids[:, :11])

@@ -18,6 +18,7 @@ from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
 from mistral_hf.torch.flash_kernels import PackageKernels, TorchKernels, VarlenPlan
 from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
+from tests.helpers.family import FAMILY
 from tests.helpers.flash_attention import KERNELS, NAME, OLD_PACKAGE, shapes_only, use
 from tests.helpers.layouts import layout_of
 
@@ -53,6 +54,7 @@ def assert_same(found: Tensor, expected: Tensor, real: Tensor | None = None) -> 
 
 @WINDOWS
 @pytest.mark.parametrize("side", ["none", "left", "right", "both"])
+@FAMILY
 def test_forward_and_backward_match_eager_attention(
     side: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
@@ -72,6 +74,7 @@ def test_forward_and_backward_match_eager_attention(
 
 @pytest.mark.parametrize("how", ["positions", "bounds", "both"])
 @WINDOWS
+@FAMILY
 def test_packed_sequences_are_computed_as_if_alone(
     how: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
@@ -108,6 +111,7 @@ GENERATION = {
 
 @pytest.mark.parametrize("window", [None, 1, 8])
 @pytest.mark.parametrize("how", GENERATION)
+@FAMILY
 def test_generation_across_the_wrap_matches_eager_attention(
     how: str, window: int | None, kernels: Any, exact: None, pair: Any
 ) -> None:
@@ -127,6 +131,7 @@ def test_generation_across_the_wrap_matches_eager_attention(
 @pytest.mark.parametrize("make", [DynamicCache, StaticCache, RollingCache])
 @pytest.mark.parametrize("side", ["left", "none"])
 @pytest.mark.parametrize("counts", [(4, 7, 1, 1, 2, 1), (1, 1, 20, 1, 1)])
+@FAMILY
 def test_steps_and_chunks_with_any_cache_match_eager_attention(
     make: Any, side: str, counts: tuple[int, ...], kernels: Any, exact: None, pair: Any
 ) -> None:
@@ -373,6 +378,7 @@ def test_the_oldest_package_decodes_without_padding_only(
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("source", ["package", "torch"])
+@FAMILY
 def test_a_static_step_compiles_to_one_graph(
     source: str, padded: bool, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

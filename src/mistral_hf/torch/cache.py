@@ -4,6 +4,7 @@ Legend: B batch, K key/value heads, D head_dim, W window.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import wraps
@@ -31,7 +32,7 @@ class RollingCache(Cache):
     the library's `DynamicCache` and `StaticCache`.
 
     Args:
-        config: The model's configuration, for ``sliding_window`` and ``num_hidden_layers``; or the items of another
+        config: The model's configuration, for the window of every layer; or the items of another
             `RollingCache`, which is how torch's DataParallel gathers replicas.
         max_cache_len: Preallocate fixed buffers for that many tokens, for compiled decoding; None lets them grow as
             needed.
@@ -69,14 +70,15 @@ class RollingCache(Cache):
             layers = [_gathered_layer(*state) for state in config]
         Cache.__init__(self, layers=layers, offloading=offloading, offload_only_non_sliding=False)
 
-    def ring_slots(self, query_length: int) -> int:
+    def ring_slots(self, query_length: int, layer_idx: int = 0) -> int:
         """Number of leading keys that `update` will return in slot order; 0 if all are chronological."""
-        return self.layers[0].ring_slots(query_length) if self.layers else 0
+        return self.layers[layer_idx].ring_slots(query_length) if self.layers else 0
 
     @property
     def max_cache_len(self) -> int:
-        """Number of tokens that every layer holds at most, or -1 without a limit."""
-        return self.get_max_length() if self.layers else -1
+        """Number of tokens that a layer holds at most, or -1 without a limit."""
+        lengths = [layer.get_max_length() for layer in self.layers]
+        return -1 if -1 in lengths else max(lengths, default=-1)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield each layer's visible keys and values, oldest first, and ``[tokens so far, W or 0]``."""
@@ -87,12 +89,12 @@ class RollingCache(Cache):
     def __repr__(self) -> str:
         if not self.layers:
             return f"{type(self).__name__}(0 layers)"
-        window = self.layers[0].sliding_window
+        windows = Counter(layer.sliding_window for layer in self.layers)
+        names = {window: "no window" if window is None else f"window {window}" for window in windows}
+        shown = ", ".join(names[w] if len(windows) == 1 else f"{count} with {names[w]}" for w, count in windows.items())
         memory = sum(layer.nbytes for layer in self.layers)
-        return (
-            f"{type(self).__name__}({len(self.layers)} layers, {'no window' if window is None else f'window {window}'},"
-            f" {int(self.get_seq_length())} tokens, {memory:,} bytes)"
-        )
+        tokens = int(self.get_seq_length())
+        return f"{type(self).__name__}({len(self.layers)} layers, {shown}, {tokens} tokens, {memory:,} bytes)"
 
 
 class DynamicRollingCache(RollingCache, DynamicCache):
@@ -143,13 +145,13 @@ def cached_states(
 
 
 def _layers(config: PreTrainedConfig, max_cache_len: int | None, round_up: bool) -> list[CacheLayerMixin]:
-    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    windows = config.layer_windows
     if max_cache_len is None:
-        return [RollingLayer(window) for _ in range(count)]
+        return [RollingLayer(window) for window in windows]
     if max_cache_len < 1:
         raise ValueError(f"max_cache_len={max_cache_len} must be at least 1 token.")
     slots = max(STATIC_BUCKET, power_of_two(max_cache_len)) if round_up else max_cache_len
-    return [StaticRollingLayer(slots, window, max_cache_len, all_slots=not round_up) for _ in range(count)]
+    return [StaticRollingLayer(slots, window, max_cache_len, all_slots=not round_up) for window in windows]
 
 
 def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLayer:

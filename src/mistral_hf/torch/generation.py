@@ -13,7 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 
 from .cache import CACHE_NAME, FORMER_NAME, RollingCache, takes_cache
-from .sequence_layout import SequenceLayout
+from .sequence_layout import SequenceLayout, layer_kind
 
 ROLLING = (None, "dynamic", "offloaded", "static", "offloaded_static")  # cache implementations that are ours
 
@@ -53,11 +53,15 @@ class MistralGenerationMixin(GenerationMixin):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The mask of a compiled decoding step, made outside its graph; forward makes that of a prompt."""
+        """The mask of a compiled decoding step, made outside its graph; forward makes that of a prompt.
+
+        With windows that differ, a mask for each of the library's kinds of layers.
+        """
         if inputs_embeds.shape[1] > 1:
             return attention_mask
         layout = SequenceLayout.of(inputs_embeds, attention_mask, position_ids, cache)
-        return self.model.make_mask(inputs_embeds, layout)
+        masks = self.model.make_masks(inputs_embeds, layout, cache)
+        return {layer_kind(window): mask for window, mask in masks.items()} if len(masks) > 1 else masks.popitem()[1]
 
     def _prepare_cache_for_generation(
         self,

@@ -19,19 +19,26 @@ def rotary_factors(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[
     return cos, sin
 
 
-def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def query_scale(positions: Tensor, beta: float, period: int, dtype: torch.dtype) -> Tensor:
+    """What Ministral 3 multiplies queries with, ``1 + beta * log(1 + position // period)``, ``[B or 1, 1, S, 1]``."""
+    scale = 1 + beta * torch.log(1 + torch.floor(positions / period))
+    return scale[:, None, :, None].to(dtype)
+
+
+def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, the two halves of a head being the parts of D/2 complex numbers.
 
     Args:
         q: ``[B, H, S, D]``.
         k: ``[B, K, S, D]``.
         cos, sin: ``[B or 1, S, D]``, of `rotary_factors` or from elsewhere.
+        scale: Of the queries, as of `query_scale`.
     """
     by_head, signed = _prepared(cos, sin)
     half = q.shape[-1] // 2
     q = (q * by_head).addcmul_(q.roll(half, dims=-1), signed)
     k = (k * by_head).addcmul_(k.roll(half, dims=-1), signed)
-    return q, k
+    return (q if scale is None else q * scale), k
 
 
 def _prepared(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,11 @@ from .cache import RollingCache
 from .tracing import has_values
 
 
+def layer_kind(window: int | None) -> str:
+    """The library's name of a layer that has this window."""
+    return "full_attention" if window is None else "sliding_attention"
+
+
 class KeyLayout(NamedTuple):
     """Which tokens the T keys of an attention call are.
 
@@ -35,7 +40,7 @@ class KeyLayout(NamedTuple):
     cached: bool = False
 
     @classmethod
-    def of(cls, cache: Cache | None, length: int) -> "KeyLayout":
+    def of(cls, cache: Cache | None, length: int, layer_idx: int = 0) -> "KeyLayout":
         """The keys that `cache` will return for `length` new tokens; those of the tokens themselves without a cache."""
         if cache is None or isinstance(cache, PagedAttentionCache):
             return cls(0, 0, length)
@@ -44,9 +49,9 @@ class KeyLayout(NamedTuple):
                 f"The cache is a {type(cache).__name__} and must be a Cache, not a tuple of keys and values as in"
                 " old releases: pass RollingCache(model.config), or DynamicCache(pairs) with a pair of each layer."
             )
-        query_start = cache.get_seq_length()
-        total, key_start = cache.get_mask_sizes(length, 0)
-        slots = cache.ring_slots(length) if isinstance(cache, RollingCache) else 0
+        query_start = cache.get_seq_length(layer_idx)
+        total, key_start = cache.get_mask_sizes(length, layer_idx)
+        slots = cache.ring_slots(length, layer_idx) if isinstance(cache, RollingCache) else 0
         if isinstance(query_start, Tensor) and length > 1 and slots == 0 and has_values(query_start):
             query_start = int(query_start)
         return cls(query_start, key_start, total, slots, cached=True)
@@ -123,6 +128,14 @@ class SequenceLayout(NamedTuple):
             position_ids = _positions(inputs_embeds, attention_mask, cache)
         paged = isinstance(cache, PagedAttentionCache)
         return cls(keys, position_ids, padding, segments, attention_mask if custom else None, paged)
+
+    def for_layer(self, layer_idx: int, window: int | None, cache: Cache | None) -> "SequenceLayout":
+        """The same with the keys of a layer, and of the caller's masks that of its kind, where they differ by kind."""
+        keys = KeyLayout.of(cache, self.positions.shape[1], layer_idx) if layer_idx else self.keys
+        mask = self.custom_mask
+        if isinstance(mask, dict):
+            mask = mask[layer_kind(window)]
+        return self._replace(keys=keys, custom_mask=mask)
 
     @property
     def is_packed(self) -> bool:

@@ -1,0 +1,41 @@
+"""Ministral 3 models: those of Mistral, with queries scaled by their position."""
+
+from .configuration_ministral3 import Ministral3Config
+from .modeling_mistral import (
+    MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+
+
+class Ministral3PreTrainedModel(MistralPreTrainedModel):
+    """Base of all Ministral 3 models."""
+
+    config: Ministral3Config
+    config_class = Ministral3Config
+
+
+class Ministral3Model(Ministral3PreTrainedModel, MistralModel):
+    """The decoder; see `MistralModel`."""
+
+
+Ministral3PreTrainedModel.decoder_class = Ministral3Model
+
+
+class Ministral3ForCausalLM(Ministral3PreTrainedModel, MistralForCausalLM):
+    """The language model; see `MistralForCausalLM`."""
+
+
+class Ministral3ForSequenceClassification(Ministral3PreTrainedModel, MistralForSequenceClassification):
+    """A classifier of texts; see `MistralForSequenceClassification`."""
+
+
+class Ministral3ForTokenClassification(Ministral3PreTrainedModel, MistralForTokenClassification):
+    """A classifier of tokens; see `MistralForTokenClassification`."""
+
+
+class Ministral3ForQuestionAnswering(Ministral3PreTrainedModel, MistralForQuestionAnswering):
+    """A model that marks answers in a text; see `MistralForQuestionAnswering`."""
