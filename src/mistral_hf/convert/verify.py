@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoints.json_file import read_json
 from ..checkpoints.reader import Array, Checkpoint, open_checkpoint, same_bits
 from ..checkpoints.writer import Progress
 from .params import Params, complete_params, config_to_params, normalize_params, params_difference
@@ -106,7 +106,7 @@ def _open_side(folder: Path) -> Iterator[_Side]:
     path = folder / ("params.json" if is_raw else "config.json")
     if not path.is_file():
         raise ValueError(f"{folder} holds neither params.json nor config.json: give the folder of a checkpoint.")
-    content = json.loads(path.read_text("utf-8"))
+    content = read_json(path)
     params = normalize_params(content) if is_raw else config_to_params(content)
     stem = "consolidated" if is_raw else "model"
     with open_checkpoint(folder, stem, raw_shapes(params) if is_raw else None) as checkpoint:
