@@ -27,10 +27,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_undamaged_folders_convert(
-    kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert convert(folders[kind], tmp_path / "out", capsys) is None
+def test_the_undamaged_folders_convert(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    assert convert(folders[kind], tmp_path / "out") is None
 
 
 def params(**fields: Any) -> Spoil:
@@ -255,25 +253,22 @@ def test_damage_is_refused_on_one_line_by_file_field_and_value(
     message: str,
     folders: dict[str, Path],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = shutil.copytree(folders[kind], tmp_path / "in")
     spoil(source)
-    line = convert(source, tmp_path / "out", capsys)
+    line = convert(source, tmp_path / "out")
     assert line is not None, "it was converted"
     assert line.endswith("."), line
     assert re.search(message, line), line
 
 
-def test_a_flipped_bit_of_a_pickle_is_refused_or_harmless(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_flipped_bit_of_a_pickle_is_refused_or_harmless(folders: dict[str, Path], tmp_path: Path) -> None:
     source = shutil.copytree(folders["pth"], tmp_path / "in")
     path = source / "consolidated.00.pth"
     data = path.read_bytes()
     for position in range(0, 1200, 8):
         path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
-        if convert(source, tmp_path / "out", capsys) is None:
+        if convert(source, tmp_path / "out") is None:
             shutil.rmtree(tmp_path / "out")
 
 

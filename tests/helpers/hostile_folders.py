@@ -7,7 +7,8 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +83,19 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def convert(source: Path, output: Path, capture: pytest.CaptureFixture[str]) -> str | None:
+def convert(source: Path, output: Path) -> str | None:
     """Convert a folder as the commands do: what they print if they refuse it, or None for an output that is whole.
 
     Anything else fails: an exception, a half-made folder, an output that cannot be loaded, or one that takes long.
     """
     is_raw = not any((source / name).exists() for name in ("config.json", "adapter_config.json"))
     before = sorted(os.listdir(output.parent))
-    capture.readouterr()
+    printed = StringIO()
     try:
-        with time_limit(SECONDS), exit_on_error():
+        with redirect_stderr(printed), time_limit(SECONDS), exit_on_error():
             (convert_raw_to_hf if is_raw else convert_hf_to_raw)(source, output)
     except typer.Exit:
-        lines = capture.readouterr().err.splitlines()
+        lines = printed.getvalue().splitlines()
         assert len(lines) == 1, lines
         assert lines[0].startswith("Error: ")
         assert lines[0].isprintable()
