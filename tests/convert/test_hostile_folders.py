@@ -162,6 +162,12 @@ CASES: list[tuple[str, str, Spoil, str]] = [
     ("safetensors", "float-offset", entry(data_offsets=[0.5, 128.5]), r"safetensors.* norm\.weight .*0\.5"),
     ("safetensors", "text-dtype", entry(dtype=["BF16"]), r"consolidated\.safetensors.* norm\.weight .*BF16"),
     ("safetensors", "many-axes", entry(shape=[1] * 1_000_000 + [64]), r"safetensors.* norm\.weight .*\[1, 1, 1"),
+    (
+        "safetensors",
+        "metadata",
+        lambda f: edit_header(f / "consolidated.safetensors", lambda h: h.update(__metadata__={"format": None})),
+        r"consolidated\.safetensors has a malformed .*__metadata__",
+    ),
     ("safetensors", "overlap", overlapping, r"consolidated\.safetensors .* begin at byte \d+, but .* end at \d+"),
     (
         "safetensors",

@@ -90,20 +90,28 @@ def convert(source: Path, output: Path) -> str | None:
     """
     is_raw = not any((source / name).exists() for name in ("config.json", "adapter_config.json"))
     before = sorted(os.listdir(output.parent))
+    error = refusal(lambda: (convert_raw_to_hf if is_raw else convert_hf_to_raw)(source, output))
+    if error is not None:
+        assert sorted(os.listdir(output.parent)) == before
+        return error
+    check_manifest(output)
+    check_loads(output)
+    return None
+
+
+def refusal(function: Callable[[], object]) -> str | None:
+    """The line that a command prints if a function refuses its input, or None."""
     printed = StringIO()
     try:
         with redirect_stderr(printed), time_limit(SECONDS), exit_on_error():
-            (convert_raw_to_hf if is_raw else convert_hf_to_raw)(source, output)
+            function()
     except typer.Exit:
-        lines = printed.getvalue().splitlines()
+        lines = [line for line in printed.getvalue().splitlines() if line and not line.startswith("Loading weights")]
         assert len(lines) == 1, lines
         assert lines[0].startswith("Error: ")
         assert lines[0].isprintable()
         assert len(lines[0]) < 1500
-        assert sorted(os.listdir(output.parent)) == before
         return lines[0]
-    check_manifest(output)
-    check_loads(output)
     return None
 
 

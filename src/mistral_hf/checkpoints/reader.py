@@ -155,7 +155,9 @@ def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, TensorInfo
     if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
         raise CheckpointError(f"{path} is not a safetensors file, or its header is truncated; copy it again.")
     header = parse_json(file.read(length), f"The header of {path}", "that of a safetensors file")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} has a malformed safetensors header: __metadata__ holds more than text.")
     entries = {name: _read_entry(path, name, entry) for name, entry in header.items()}
     end = 8 + length
     offsets = {}

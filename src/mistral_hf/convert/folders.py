@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..checkpoints.json_file import read_json
-from ..checkpoints.reader import Array, Checkpoint, TensorInfo, numpy_dtype, open_checkpoint, same_bits
+from ..checkpoints.reader import Array, Checkpoint, Shape, TensorInfo, numpy_dtype, open_checkpoint, same_bits
 from ..checkpoints.writer import (
     CONVERSION,
     LazyTensor,
@@ -122,7 +122,7 @@ def convert_raw_to_hf(
     params, notes = complete_params(params, max_position_embeddings, rope_theta)
     shapes = raw_shapes(params)
     with open_checkpoint(source, "consolidated", shapes) as checkpoint:
-        repeated = _check_model(checkpoint, shapes, params, "output.weight")
+        repeated = check_model(checkpoint, shapes, params, "output.weight", str(source))
         tensors = [_translated(checkpoint, raw, RAW_TO_HF.to_target(raw), raw_to_hf, params, dtype) for raw in shapes]
         config = params_to_config(params, _main_dtype(tensors))
         tokenizer = find_raw_tokenizer(source)
@@ -169,7 +169,7 @@ def convert_hf_to_raw(
     params = config_to_params(read_json(source / "config.json"))
     shapes = hf_shapes(params)
     with open_checkpoint(source, "model") as checkpoint:
-        repeated = _check_model(checkpoint, shapes, params, "lm_head.weight")
+        repeated = check_model(checkpoint, shapes, params, "lm_head.weight", str(source))
         tensors = [_translated(checkpoint, hf, RAW_TO_HF.to_source(hf), hf_to_raw, params, dtype) for hf in shapes]
         tokenizer = find_raw_tokenizer(source)
         missing = [] if tokenizer else ["no tokenizer: a raw folder needs the original tekken.json or tokenizer.model"]
@@ -286,17 +286,33 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _check_model(checkpoint: Checkpoint, expected: dict[str, Any], params: Params, head: str) -> list[str]:
-    """Check names and shapes, and return notes; a head beside tied embeddings passes if it repeats them exactly."""
+def check_model(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], params: Params, head: str, where: str
+) -> list[str]:
+    """Check that a checkpoint holds a whole model; a head beside tied embeddings passes if it repeats them exactly.
+
+    Args:
+        checkpoint: The open checkpoint.
+        expected: The shape of every tensor, the input embeddings first.
+        params: From `normalize_params`.
+        head: The name of the head.
+        where: Names the checkpoint in an error, as the first words of a sentence.
+
+    Returns:
+        A note for each tensor that is to be left out.
+
+    Raises:
+        ValueError: A tensor is unknown, missing, or of another shape.
+    """
     found, notes = checkpoint.shapes, []
     if params["tied_embeddings"] and head in found:
         if not same_bits(checkpoint.read(head), checkpoint.read(next(iter(expected)))):
             raise CheckpointError(
-                f"The embeddings are tied, but {head} has other values: untie them in the configuration."
+                f"{where}: the embeddings are tied, but {head} has other values: untie them in the configuration."
             )
         del found[head]
         notes.append(f"{head} left out: it repeats the tied embeddings")
-    check_tensors(found, expected, "The checkpoint")
+    check_tensors(found, expected, where)
     return notes
 
 
