@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -199,6 +200,8 @@ def test_a_senseless_rope_theta_of_an_older_file_is_refused(theta: Any, tmp_path
         YARN | {"factor": None, "beta_fast": None, "beta_slow": 0, "mscale": 0, "mscale_all_dim": None},
         YARN | {"attention_factor": None, "truncate": False, "factor": 0.5, "beta_slow": 64},
         {"rope_type": "default", "rope_theta": 0.5, "partial_rotary_factor": 0.5},
+        {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": (1.0,) * 6, "long_factor": [2] * 6}
+        | {"factor": np.float64(4), "original_max_position_embeddings": 64},
     ],
     ids=str,
 )

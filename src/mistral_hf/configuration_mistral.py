@@ -26,6 +26,10 @@ _OTHER_ROPE = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_ro
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @strict
 class MistralConfig(PreTrainedConfig):
     """Configuration of a Mistral model, field by field that of the reference implementation.
@@ -188,8 +192,8 @@ class MistralConfig(PreTrainedConfig):
             if isinstance(value, dict):  # the parameters of one layer type
                 self._check_rope(value)
             elif name in _POSITIVE_ROPE | _OTHER_ROPE and (value is not None or name in needed):
-                positive, numbers = name in _POSITIVE_ROPE, value if isinstance(value, list) else [value]
-                if not all(type(n) in (int, float) and 0 <= n < _FLOAT32 and (n or not positive) for n in numbers):
+                positive, numbers = name in _POSITIVE_ROPE, value if isinstance(value, list | tuple) else [value]
+                if not all(_is_number(n) and 0 <= n < _FLOAT32 and (n or not positive) for n in numbers):
                     rule = f"be {'positive' if positive else 'not negative'} and finite"
                     raise ValueError(f"MistralConfig: rope_parameters has {name}={value!r:.200}, which must {rule}.")
         if kind == "yarn" and parameters.get("rope_theta", 2) <= 1:

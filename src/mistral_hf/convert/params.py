@@ -75,11 +75,11 @@ class Fields:
     def __contains__(self, field: str) -> bool:
         return field in self.values
 
-    def whole(self, field: str, *, at_most: float = 2**63) -> int:
+    def whole(self, field: str, *, below: int = 2**63) -> int:
         """A positive whole number."""
         value = self.values.get(field)
-        if type(value) is not int or not 1 <= value < at_most:
-            limit = "" if at_most == 2**63 else f" below {at_most}"
+        if type(value) is not int or not 1 <= value < below:
+            limit = "" if below == 2**63 else f" below {below}"
             raise self.error(field, f"must be a positive whole number{limit}")
         return value
 
@@ -170,7 +170,7 @@ def _normalized(given: Fields) -> Params:
     if "head_dim" not in given:
         given.values["head_dim"] = given.whole("dim") // given.whole("n_heads")
     normal: Params = {field: given.whole(field) for field in _SIZES if field != "n_layers"}
-    normal["n_layers"] = given.whole("n_layers", at_most=_MOST_LAYERS)
+    normal["n_layers"] = given.whole("n_layers", below=_MOST_LAYERS)
     if normal["n_heads"] % normal["n_kv_heads"]:
         raise given.error("n_heads", f"is not a multiple of n_kv_heads={normal['n_kv_heads']}")
     if normal["head_dim"] % 2:
