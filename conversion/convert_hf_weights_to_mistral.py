@@ -19,7 +19,7 @@ def main(
     max_shard_size: Annotated[
         str | None, typer.Option("--max_shard_size", help="Largest output file; by default all weights are in one.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a conversion wrote before.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert a Hugging Face Mistral checkpoint (or a PEFT adapter) to the raw format."""
     with exit_on_error(), byte_progress() as progress:

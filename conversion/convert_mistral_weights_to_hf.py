@@ -29,7 +29,7 @@ def main(
     tokenizer_version: Annotated[
         str | None, typer.Option("--tokenizer_version", help="Such as v3; overrides the version found in the file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a conversion wrote before.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Convert a raw Mistral checkpoint (or a raw LoRA adapter) to Hugging Face format."""
     with exit_on_error(), byte_progress() as progress:

@@ -6,7 +6,7 @@ names and the packages `chat` and `convert` are imported when they are used.
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .bundled import BUNDLED_CHECKPOINT
 from .configuration_mistral import MistralConfig
@@ -74,7 +74,7 @@ _EXTRAS = {"modeling_flax_mistral": "flax", "modeling_tf_mistral": "tf"}
 
 if not TYPE_CHECKING:  # it would tell type checkers that every name exists
 
-    def __getattr__(name: str) -> object:
+    def __getattr__(name: str) -> Any:
         if name in ("chat", "convert"):
             return import_module(f".{name}", __name__)
         home = next((module for module, names in _HOMES.items() if name in names), None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from click.testing import Result
 from safetensors.torch import load_file
@@ -116,3 +117,13 @@ def test_the_commands_convert_adapters_and_refuse_options_of_whole_models(tmp_pa
     assert command("convert_mistral_weights_to_hf", *there, "--dtype", "bfloat16").exit_code == 0
     result = CliRunner().invoke(mistral_hf_app, ["convert", str(tmp_path / "lora"), str(tmp_path / "peft2")])
     assert result.exit_code == 0, result.output
+
+
+def test_an_error_is_one_printable_line(tmp_path: Path) -> None:
+    """Names in a checkpoint may hold line breaks, control sequences of terminals and halves of surrogate pairs."""
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON) | {"\x1b[2J\nlayers": torch.zeros(1)})
+    result = command("convert_mistral_weights_to_hf", "--input_dir", raw, "--output_dir", tmp_path / "hf")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert result.exit_code != 0
+    assert lines == [lines[0]]
+    assert r"holds 1 unexpected tensors, \x1b[2J layers: a dense Mistral does not have them." in lines[0]
