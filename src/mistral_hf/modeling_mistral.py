@@ -8,7 +8,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,9 @@ from .torch.rotary import apply_rotary, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -75,6 +78,16 @@ class MistralPreTrainedModel(PreTrainedModel):
             )
         config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
         super().__init__(config, *args, **kwargs)
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: Literal[False] = False, **kwargs: Any) -> "Self": ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> "tuple[Self, dict[str, Any]]": ...
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
