@@ -102,9 +102,26 @@ def to_stock() -> Callable[[Any], Any]:
         config = family.stock_config.from_dict(fields, attn_implementation=model.config._attn_implementation)
         stock = getattr(family.stock_modeling, type(model).__name__)(config).to(model.dtype).eval()
         stock.load_state_dict(model.state_dict())
+        if model.config.query_scaling is not None:
+            stock.base_model.register_forward_pre_hook(count_real_tokens, with_kwargs=True)
         return stock
 
     return convert
+
+
+def count_real_tokens(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Give the reference the positions of ours, whose first real token has position 0.
+
+    Unless it is told, it counts padding too, which shows where queries are scaled by their position.
+    """
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is None and isinstance(mask, Tensor) and mask.ndim == 2:
+        tokens = next(
+            found for found in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if found is not None
+        )
+        positions = torch.arange(mask.shape[1]) - mask.long().argmax(dim=1, keepdim=True)
+        kwargs["position_ids"] = positions.clamp(min=0)[:, -tokens.shape[1] :]
+    return args, kwargs
 
 
 @pytest.fixture(scope="session")

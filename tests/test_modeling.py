@@ -105,7 +105,7 @@ def test_every_head_shape_matches_the_oracle_in_double_precision(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@FAMILY
+@WINDOWED
 def test_low_precision_is_as_accurate_as_the_reference(
     dtype: torch.dtype, implementation: str, make_model: Any, to_stock: Any, padded: Any
 ) -> None:
@@ -141,11 +141,9 @@ def test_activations_match_the_reference(activation: str, make_pair: Any, token_
 
 @FAMILY
 def test_initial_weights_are_distributed_as_in_the_reference(make_model: Any, to_stock: Any) -> None:
-    from mistral_hf import MistralForSequenceClassification
-
-    config = make_model(initializer_range=0.05, hidden_size=128, num_labels=4).config
-    ours = MistralForSequenceClassification(config).state_dict()
-    stock = type(to_stock(MistralForSequenceClassification(config)))(config).state_dict()
+    model = make_model("ForSequenceClassification", initializer_range=0.05, hidden_size=128, num_labels=4)
+    ours = type(model)(model.config).state_dict()
+    stock = type(to_stock(model))(model.config).state_dict()
     for name, weight in stock.items():
         torch.testing.assert_close(ours[name].std(), weight.std(), rtol=0.25, atol=0, msg=name)
         torch.testing.assert_close(ours[name].mean(), weight.mean(), rtol=0, atol=0.02, msg=name)
@@ -208,7 +206,7 @@ def test_attention_weights_match_the_reference(length: int, make_pair: Any, padd
     (mine,), (theirs,) = ours.attentions, stock.attentions
     assert mine.shape == (2, 4, length, length)
     torch.testing.assert_close(mine.transpose(1, 2)[real], theirs.transpose(1, 2)[real], **TIGHT)
-    beyond = ~reference.window_mask(length, 8) if length < 100 else torch.ones(length, length).tril(-8).bool()
+    beyond = torch.ones(length, length).tril(-(pair.ours.config.layer_windows[0] or length)).bool()
     assert mine.transpose(1, 2)[0][:, :, beyond[0]].numel() == 0 or mine[0][:, beyond].max() == 0
 
 

@@ -185,7 +185,11 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
     parts = {name.split(".")[1] for name in new if "." in name}
     assert parts == {
         *("bundled", "compatibility", "registration", "torch"),
-        *(f"{kind}_{name}" for kind in ("configuration", "modeling") for name in ("mistral", "ministral", "ministral3")),
+        *(
+            f"{kind}_{name}"
+            for kind in ("configuration", "modeling")
+            for name in ("mistral", "ministral", "ministral3")
+        ),
     }
     heavy = {
         "jax",

@@ -2,6 +2,7 @@
 
 from .configuration_ministral import MinistralConfig
 from .modeling_mistral import (
+    MistralDecoderLayer,
     MistralForCausalLM,
     MistralForQuestionAnswering,
     MistralForSequenceClassification,
@@ -11,11 +12,17 @@ from .modeling_mistral import (
 )
 
 
+class MinistralDecoderLayer(MistralDecoderLayer):
+    """A layer, by the name under which tools wrap or split it; see `MistralDecoderLayer`."""
+
+
 class MinistralPreTrainedModel(MistralPreTrainedModel):
     """Base of all Ministral models."""
 
     config: MinistralConfig
     config_class = MinistralConfig
+    layer_class = MinistralDecoderLayer
+    _no_split_modules = ["MinistralDecoderLayer"]
 
 
 class MinistralModel(MinistralPreTrainedModel, MistralModel):
@@ -39,3 +46,5 @@ class MinistralForTokenClassification(MinistralPreTrainedModel, MistralForTokenC
 
 class MinistralForQuestionAnswering(MinistralPreTrainedModel, MistralForQuestionAnswering):
     """A model that marks answers in a text; see `MistralForQuestionAnswering`."""
+
+    base_model_prefix = "transformer"  # as in the library, for this head of this type

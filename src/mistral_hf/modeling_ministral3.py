@@ -2,6 +2,7 @@
 
 from .configuration_ministral3 import Ministral3Config
 from .modeling_mistral import (
+    MistralDecoderLayer,
     MistralForCausalLM,
     MistralForQuestionAnswering,
     MistralForSequenceClassification,
@@ -11,11 +12,17 @@ from .modeling_mistral import (
 )
 
 
+class Ministral3DecoderLayer(MistralDecoderLayer):
+    """A layer, by the name under which tools wrap or split it; see `MistralDecoderLayer`."""
+
+
 class Ministral3PreTrainedModel(MistralPreTrainedModel):
     """Base of all Ministral 3 models."""
 
     config: Ministral3Config
     config_class = Ministral3Config
+    layer_class = Ministral3DecoderLayer
+    _no_split_modules = ["Ministral3DecoderLayer"]
 
 
 class Ministral3Model(Ministral3PreTrainedModel, MistralModel):

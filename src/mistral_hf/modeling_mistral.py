@@ -7,7 +7,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,9 @@ from .torch.rotary import apply_rotary, query_scale, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -57,6 +60,7 @@ class MistralPreTrainedModel(PreTrainedModel):
     config: MistralConfig
     config_class = MistralConfig
     decoder_class: type[PreTrainedModel]  # below the heads
+    layer_class: "type[nn.Module]"
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MistralDecoderLayer"]
@@ -76,6 +80,16 @@ class MistralPreTrainedModel(PreTrainedModel):
             )
         config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
         super().__init__(config, *args, **kwargs)
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: Literal[False] = False, **kwargs: Any) -> "Self": ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> "tuple[Self, dict[str, Any]]": ...
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -384,7 +398,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
 
     def __init__(self, config: MistralConfig) -> None:
         super().__init__(config)
-        self.model = self.decoder_class(config)
+        setattr(self, self.base_model_prefix, self.decoder_class(config))
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.loss_function = question_answering_loss
         self.post_init()
@@ -416,7 +430,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         Raises:
             ValueError: As `MistralModel`.
         """
-        outputs = self.model(
+        outputs = self.base_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -615,7 +629,7 @@ class MistralModel(MistralPreTrainedModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(MistralDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(config.num_hidden_layers))
         self.norm = MistralRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = MistralRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -721,4 +735,4 @@ class MistralModel(MistralPreTrainedModel):
 
 # Named after the classes, which this file defines from the top down.
 MistralPreTrainedModel._can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MistralAttention}
-MistralPreTrainedModel.decoder_class = MistralModel
+MistralPreTrainedModel.decoder_class, MistralPreTrainedModel.layer_class = MistralModel, MistralDecoderLayer

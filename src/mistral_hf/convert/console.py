@@ -9,6 +9,7 @@ import typer
 from tqdm.auto import tqdm
 
 from ..checkpoints.writer import Progress
+from ..compatibility import one_line
 
 
 @contextmanager
@@ -35,5 +36,5 @@ def exit_on_error() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {one_line(str(error))}", err=True)
         raise typer.Exit(1) from error

@@ -121,7 +121,7 @@ class SequenceLayout(NamedTuple):
         if packed is not False:
             segments = _packed_segments(position_ids, attention_mask, cache, batch)
         if segments is None and position_ids is None:
-            segments = _segments_between(kwargs.get("cu_seq_lens_q"), inputs_embeds)
+            segments, position_ids = _between(kwargs.get("cu_seq_lens_q"), inputs_embeds)
         custom = attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4)
         padding = None if custom else _padding(attention_mask, keys.query_start, inputs_embeds)
         if position_ids is None:
@@ -193,14 +193,16 @@ def _packed_segments(
     return segments.expand(batch, -1)
 
 
-def _segments_between(bounds: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
-    """The same from the bounds ``[N + 1]`` of N sequences in one row, for attention that needs no positions for it."""
+def _between(bounds: Tensor | None, inputs_embeds: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Number of the packed sequence and position of every token, ``[1, S]``, from the bounds ``[N + 1]`` in one row."""
     if bounds is None:
-        return None
+        return None, None
     batch, length = inputs_embeds.shape[:2]
     if batch != 1:
         raise ValueError(f"cu_seq_lens_q gives the bounds of sequences in one row, but there are {batch} rows.")
-    return torch.bucketize(torch.arange(length, device=bounds.device), bounds[1:], right=True)[None]
+    indices = torch.arange(length, device=bounds.device)
+    segments = torch.bucketize(indices, bounds[1:], right=True)
+    return segments[None], (indices - bounds[segments])[None]
 
 
 def _check_no_packing(keywords: dict[str, Any]) -> None:
