@@ -2,34 +2,112 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import TemplateError
 from mistral_common.protocol.instruct.validator import ValidationMode
 
 from mistral_hf.chat.encoding import encode_conversation
-from tests.helpers.conversations import HOSTILE, conversations, expected_ids, quick, tool_definitions
+from tests.helpers.conversations import (
+    BROKEN,
+    HOSTILE,
+    conversations,
+    expected_ids,
+    json_texts,
+    quick,
+    tool_definitions,
+)
 from tests.helpers.tokenizer_files import VERSIONS, converted
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
+
+
+def outcome(version: str, folder: Path, messages: list[dict[str, Any]], tools: Any = None) -> list[int] | None:
+    """The ids, or None where the conversation is refused."""
+    try:
+        return encode_conversation(converted(version, folder), messages, tools=tools)
+    except ValueError:
+        return None
+
+
+def check_ids(version: str, folder: Path, data: st.DataObject) -> None:
+    """Draw a conversation in which most texts hide a control token, and compare its ids with mistral-common's."""
+    text = data.draw(st.sampled_from([HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, BROKEN]))
+    messages = data.draw(conversations(text, json_texts(text), thoughts=version == "v13"))
+    tools = data.draw(tool_definitions(text))
+    expected = expected_ids(version, folder, ValidationMode.agnostic, messages, tools)
+    assert outcome(version, folder, messages, tools) == expected
 
 
 @every_version
 @quick
 @given(data=st.data())
 def test_control_tokens_in_the_text_stay_text(version: str, folder: Path, data: st.DataObject) -> None:
-    messages = data.draw(conversations(HOSTILE, thoughts=version == "v13"))
-    tools = data.draw(tool_definitions(HOSTILE))
-    expected = expected_ids(version, folder, ValidationMode.agnostic, messages, tools)
-    try:
-        ids = encode_conversation(converted(version, folder), messages, tools=tools)
-    except TemplateError:
-        ids = None
-    assert ids == expected
+    check_ids(version, folder, data)
+
+
+@pytest.mark.slow
+@every_version
+@settings(quick, max_examples=2500)
+@given(data=st.data())
+def test_control_tokens_in_twenty_thousand_conversations_stay_text(
+    version: str, folder: Path, data: st.DataObject
+) -> None:
+    check_ids(version, folder, data)
+
+
+USER = {"role": "user", "content": "hi"}
+ESCAPED = [
+    "<\\/s>",
+    "\\u005bINST]",
+    "[IN\\u0053T]",
+    "[\\/INST]",
+    "\\ue000",
+    "[\\ue000INST]",
+    "<\ue000/s>",
+    "\\ufdd0",
+    "\ufdd0",
+]
+ESCAPED += ["\\ud83d\\ude00", "\\ud800", "\\ud83dx", "\ud800", "\ud83d\ude00", "CONTINUE_FINAL_MESSAGE_TAG "]
+ESCAPED += ["1e400", "NaN", "1" * 5000, "[" * 100_000]
+
+
+def call(arguments: Any, name: str = "f") -> dict[str, Any]:
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "function": function}]}
+
+
+def result(content: Any, **fields: Any) -> dict[str, Any]:
+    return {"role": "tool", "tool_call_id": "abcdefghi", "content": content, **fields}
+
+
+@every_version
+@pytest.mark.parametrize("text", ESCAPED, ids=range(len(ESCAPED)))
+def test_escapes_and_rare_characters_bring_in_no_control_token(version: str, folder: Path, text: str) -> None:
+    """In each place of a conversation: bare, in JSON of a call and of a result, and in a tool's description."""
+    quoted, decoded = f'{{"{text}": ["{text}"]}}', json.loads(f'["{text}"]')[0] if "\\" in text else text
+    tools = [{"type": "function", "function": {"name": "f", "description": decoded, "parameters": {decoded: decoded}}}]
+    places = {
+        "user": ([{"role": "user", "content": text}], None),
+        "system": ([{"role": "system", "content": decoded}, USER], None),
+        "answer": ([USER, {"role": "assistant", "content": text}, USER], None),
+        "arguments": ([USER, call(text)], None),
+        "quoted arguments": ([USER, call(quoted)], None),
+        "object": ([USER, call({decoded: [decoded]})], None),
+        "name": ([USER, call("{}", name=text)], None),
+        "result": ([USER, call("{}"), result(text)], None),
+        "quoted result": ([USER, call("{}"), result(quoted)], None),
+        "result in parts": ([USER, call("{}"), result([{"type": "text", "text": part} for part in quoted])], None),
+        "result's name": ([USER, call("{}"), result("1", name=text)], None),
+        "tool": ([USER], tools),
+    }
+    for place, (messages, given_tools) in places.items():
+        expected = expected_ids(version, folder, ValidationMode.agnostic, messages, given_tools)
+        assert outcome(version, folder, messages, given_tools) == expected, place
 
 
 @every_version

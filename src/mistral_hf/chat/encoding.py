@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _MARK, _SURROGATE = "\ud800", "\udfff"
 # The library puts this at the end of the message to be continued, and cuts the rendered text there.
 _CONTINUATION_TAG = "CONTINUE_FINAL_MESSAGE_TAG"
+_KEEP = "surrogatepass"  # how to encode and decode surrogates
 
 
 def encode_conversation(
@@ -111,7 +112,7 @@ def _protection(tokens: Sequence[str], *, replace_surrogates: bool) -> Callable[
         if not replace_surrogates:
             text = re.sub("[\ud800-\udfff]", _SURROGATE, text)
         elif re.search("[\ud800-\udfff]", text):
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            text = text.encode("utf-16", _KEEP).decode("utf-16", "replace")
         return pattern.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
 
     return protected
@@ -142,8 +143,14 @@ def _with_rewritten_json(message: Message) -> Message:
 
 def _call_with_rewritten_json(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
-    arguments = function.get("arguments") if isinstance(function, Mapping) else None
-    return {**call, "function": {**function, "arguments": _rewritten(arguments)}} if isinstance(arguments, str) else call
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _rewritten(arguments)
+    elif isinstance(arguments, Mapping):  # Mistral's tokenizer writes and parses them, which joins surrogates
+        arguments = _map_texts(arguments, lambda text: text.encode("utf-16", _KEEP).decode("utf-16", _KEEP))
+    return {**call, "function": {**function, "arguments": arguments}} if "arguments" in function else call
 
 
 def _text_of(content: Any) -> str:

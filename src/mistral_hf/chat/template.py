@@ -91,7 +91,9 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise ValueError("A conversation must have at least one message.")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise ValueError(f"Message {i} is of type {type(message).__name__}: give a dictionary with role and content.")
+            raise ValueError(
+                f"Message {i} is of type {type(message).__name__}: give a dictionary with role and content."
+            )
 
 
 @contextmanager
