@@ -73,7 +73,7 @@ ESCAPED = [
     "\ufdd0",
 ]
 ESCAPED += ["\\ud83d\\ude00", "\\ud800", "\\ud83dx", "\ud800", "\ud83d\ude00", "CONTINUE_FINAL_MESSAGE_TAG "]
-ESCAPED += ["1e400", "NaN", "1" * 5000, "[" * 100_000]
+ESCAPED += ["1e400", "NaN"]
 
 
 def call(arguments: Any, name: str = "f") -> dict[str, Any]:
@@ -90,6 +90,7 @@ def result(content: Any, **fields: Any) -> dict[str, Any]:
 def test_escapes_and_rare_characters_bring_in_no_control_token(version: str, folder: Path, text: str) -> None:
     """In each place of a conversation: bare, in JSON of a call and of a result, and in a tool's description."""
     quoted, decoded = f'{{"{text}": ["{text}"]}}', json.loads(f'["{text}"]')[0] if "\\" in text else text
+    parts = [f'{{"{text}":', "", f'["{text}"]}}']
     tools = [{"type": "function", "function": {"name": "f", "description": decoded, "parameters": {decoded: decoded}}}]
     places = {
         "user": ([{"role": "user", "content": text}], None),
@@ -101,13 +102,23 @@ def test_escapes_and_rare_characters_bring_in_no_control_token(version: str, fol
         "name": ([USER, call("{}", name=text)], None),
         "result": ([USER, call("{}"), result(text)], None),
         "quoted result": ([USER, call("{}"), result(quoted)], None),
-        "result in parts": ([USER, call("{}"), result([{"type": "text", "text": part} for part in quoted])], None),
+        "result in parts": ([USER, call("{}"), result([{"type": "text", "text": part} for part in parts])], None),
         "result's name": ([USER, call("{}"), result("1", name=text)], None),
         "tool": ([USER], tools),
     }
     for place, (messages, given_tools) in places.items():
         expected = expected_ids(version, folder, ValidationMode.agnostic, messages, given_tools)
         assert outcome(version, folder, messages, given_tools) == expected, place
+
+
+@every_version
+@pytest.mark.parametrize("text", ["1" * 5000, "[" * 20_000], ids=["long number", "deep"])
+def test_json_that_python_cannot_parse_is_refused_by_the_versions_that_parse_it(
+    version: str, folder: Path, text: str
+) -> None:
+    for messages in ([USER, call(text)], [USER, call("{}"), result(text)]):
+        expected = expected_ids(version, folder, ValidationMode.agnostic, messages, None)
+        assert outcome(version, folder, messages) == expected
 
 
 @every_version

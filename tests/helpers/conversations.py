@@ -33,10 +33,8 @@ def escaped(text: str, rng: random.Random, rate: float) -> str:
     for character in text:
         units = character.encode("utf-16-be", "surrogatepass").hex()
         if rng.random() < rate:
-            choices = ["".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))] + ["\\/"] * (
-                character == "/"
-            )
-            written += rng.choice(choices)
+            unicode = "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+            written += rng.choice([unicode, "\\/"]) if character == "/" else unicode
         else:
             written += json.dumps(character, ensure_ascii=False)[1:-1]
     return written

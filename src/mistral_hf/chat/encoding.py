@@ -134,7 +134,12 @@ def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
 def _with_rewritten_json(message: Message) -> Message:
     """A message whose JSON text is in the spelling of Mistral's tokenizer; a result's is added as ``content_json``."""
     if message.get("role") == "tool":
-        return {**message, "content_json": _rewritten(_text_of(message.get("content")))}
+        written: str | bool
+        try:
+            written = _rewritten(_text_of(message.get("content")))
+        except (ValueError, RecursionError):  # only some versions parse results, so the template refuses it
+            written = False
+        return {**message, "content_json": written}
     calls = message.get("tool_calls")
     if message.get("role") == "assistant" and isinstance(calls, list | tuple):
         return {**message, "tool_calls": [_call_with_rewritten_json(call) for call in calls]}
