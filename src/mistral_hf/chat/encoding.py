@@ -60,9 +60,9 @@ def encode_conversation(
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     pattern = _any_of(control)
     check_messages(messages)
+    schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
     with rendering("The conversation is refused"):
         protected = _protection([*control, _CONTINUATION_TAG], replace_surrogates=not _falls_back_on_bytes(tokenizer))
-        schemas = [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools or []]
         rendered = tokenizer.apply_chat_template(
             _map_texts([_with_rewritten_json(message) for message in messages], protected),
             tools=_map_texts(schemas, protected) or None,

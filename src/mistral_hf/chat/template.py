@@ -82,13 +82,13 @@ def validate_conversation(
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Check that a conversation is not empty and consists of mappings.
+    """Check that a conversation is a list of mappings and not empty.
 
     Raises:
         ValueError: It does not.
     """
-    if not messages:
-        raise ValueError("A conversation must have at least one message.")
+    if not isinstance(messages, Sequence) or not messages:
+        raise ValueError("A conversation must be a list of at least one message.")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise ValueError(
