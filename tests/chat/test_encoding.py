@@ -307,6 +307,26 @@ def test_a_tokenizer_without_special_tokens_encodes_the_template_as_text(
     assert plain.decode(ids) == "<s>the quick fox"
 
 
+def with_special_tokens(tokenizer: PreTrainedTokenizerFast, *tokens: str) -> PreTrainedTokenizerFast:
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(strip_added_tokens(tokenizer)))
+    changed.add_special_tokens({"additional_special_tokens": list(tokens)})
+    changed.chat_template = "<q>{{ messages[0].content }}"
+    return changed
+
+
+def test_control_tokens_that_overlap_stay_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    changed = with_special_tokens(tokenizer, "<q>", "zxy", "yvw", "vwzx")
+    ids = encode_conversation(changed, [{"role": "user", "content": "zxyvwzxy<q><q>"}])
+    special = {i for i, token in changed.added_tokens_decoder.items() if token.special}
+    assert [i for i in ids if i in special] == [changed.convert_tokens_to_ids("<q>")] == ids[:1]
+    assert changed.decode(ids) == "<q>zxyvwzxy<q><q>"
+
+
+def test_a_control_token_of_one_character_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="'q' of one character"):
+        encode_conversation(with_special_tokens(tokenizer, "<q>", "q"), [USER])
+
+
 def test_another_template_may_be_given(folder: Path) -> None:
     tokenizer = converted("v7", folder)
     messages = [{"role": "system", "content": "</s>"}, USER]

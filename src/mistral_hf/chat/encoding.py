@@ -18,6 +18,7 @@ _MARK, _SURROGATE = "\ud800", "\udfff"
 # The library puts this at the end of the message to be continued, and cuts the rendered text there.
 _CONTINUATION_TAG = "CONTINUE_FINAL_MESSAGE_TAG"
 _KEEP = "surrogatepass"  # how to encode and decode surrogates
+_NOTHING = "(?!)"  # a pattern that never matches
 
 
 def encode_conversation(
@@ -58,7 +59,7 @@ def encode_conversation(
     from transformers.utils.chat_template_utils import get_json_schema
 
     control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern = _any_of(control)
+    pattern = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or _NOTHING)
     check_messages(messages)
     schemas = [get_json_schema(tool) if callable(tool) else tool for tool in tools or []]
     with rendering("The conversation is refused"):
@@ -89,11 +90,6 @@ def _encode_text(tokenizer: PreTrainedTokenizerBase, marked: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
 
 
-def _any_of(tokens: Sequence[str] | Mapping[str, int]) -> re.Pattern[str]:
-    """A pattern for any of these tokens, the longest first; without tokens it matches nothing."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
-
-
 def _falls_back_on_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether it is a SentencePiece tokenizer, not one of bytes from the start (tekken)."""
     return bool(tokenizer.backend_tokenizer.model.byte_fallback)
@@ -106,14 +102,20 @@ def _protection(tokens: Sequence[str], *, replace_surrogates: bool) -> Callable[
         tokens: The tokens to look for.
         replace_surrogates: Whether surrogates are joined or replaced, as by tiktoken, or refused, as by SentencePiece.
     """
-    pattern = _any_of(tokens)
+    rests: dict[str, list[str]] = {}
+    for token in tokens:
+        if len(token) < 2:
+            raise ValueError(f"the special token {token!r} of one character cannot be told from text")
+        rests.setdefault(token[0], []).append(re.escape(token[1:]))
+    # Tokens may overlap, so each beginning of one is found on its own.
+    beginning = re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
     def protected(text: str) -> str:
         if not replace_surrogates:
             text = re.sub("[\ud800-\udfff]", _SURROGATE, text)
         elif re.search("[\ud800-\udfff]", text):
             text = text.encode("utf-16", _KEEP).decode("utf-16", "replace")
-        return pattern.sub(lambda match: match.group()[0] + _MARK + match.group()[1:], text)
+        return beginning.sub(lambda match: match.group() + _MARK, text)
 
     return protected
 
