@@ -226,7 +226,7 @@ class Custom(PydanticModel):
         ([USER, {"role": ["user"], "content": "hi"}], "The chat template fails on the conversation"),
         ([USER, call({"x": {1, 2}})], "A value is of type set"),
         ([USER, {"role": "assistant", "tool_calls": ["f"]}], "A tool call must have a function"),
-        ([USER, {"role": "assistant", "tool_calls": "f"}], "A tool call must have a function"),
+        ([USER, {"role": "assistant", "tool_calls": "f"}], "tool_calls must be a list"),
     ],
 )
 def test_messages_that_are_not_of_jsons_types_are_refused(folder: Path, messages: Any, reason: str) -> None:
@@ -277,13 +277,14 @@ def test_malformed_conversations_are_refused_where_mistral_common_refuses_them(
             del container[key]
         else:
             container[key] = copy.deepcopy(data.draw(st.sampled_from(ODD)))
+    got = outcome(version, folder, messages, tools)
     try:
         expected = expected_ids(version, folder, ValidationMode.agnostic, copy.deepcopy(messages), copy.deepcopy(tools))
-    except (KeyError, TypeError, AttributeError):  # mistral-common fails
-        expected = None
+    except (KeyError, TypeError, AttributeError):
+        return  # mistral-common fails without a decision
     if any(isinstance(m, dict) and m.get("role") == "tool" and isinstance(m.get("content"), dict) for m in messages):
         return  # mistral-common takes only text as a tool's result
-    assert outcome(version, folder, messages, tools) == expected
+    assert got == expected
 
 
 @every_version
