@@ -32,6 +32,7 @@ RULES: dict[str, set[str]] = {
     "cli": {
         *("bundled", "chat", "configuration_mistral", "convert", "launch", "modeling_mistral", "registration", "torch"),
     },
+    "__main__": {"cli"},
     "__init__": {
         *("bundled", "chat", "configuration_mistral", "convert", "registration", "torch"),
         *("modeling_flax_mistral", "modeling_mistral", "modeling_tf_mistral"),

@@ -15,15 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import mistral_hf
-from mistral_hf import cli, registration
+from mistral_hf import registration
 from mistral_hf.bundled import BUNDLED_CHECKPOINT
+from mistral_hf.cli import app, application, info
+from mistral_hf.cli.loading import load
+from mistral_hf.cli.options import Dtype, GenerationOptions, LoadOptions
 
 PROMPT = "The captain looked out over the sea and"
 SHORT = ("--max-new-tokens", "12")
 
 
 def run(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(cli.app, arguments, input=stdin)
+    return CliRunner().invoke(app, arguments, input=stdin)
 
 
 def text_of(*arguments: str, stdin: str | None = None) -> str:
@@ -86,21 +89,21 @@ def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sampling_options_imply_do_sample() -> None:
-    assert cli._generation_options(None, min_p=0.1, num_beams=None) == {"min_p": 0.1, "do_sample": True}
-    assert cli._generation_options(True, num_beams=None) == {"do_sample": True}
-    assert cli._generation_options(False, max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
-    assert cli._generation_options(None, repetition_penalty=1.1) == {"repetition_penalty": 1.1}
+    assert GenerationOptions(min_p=0.1).keywords(num_beams=None) == {"min_p": 0.1, "do_sample": True}
+    assert GenerationOptions(do_sample=True).keywords(num_beams=None) == {"do_sample": True}
+    assert GenerationOptions(do_sample=False).keywords(max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
+    assert GenerationOptions(repetition_penalty=1.1).keywords() == {"repetition_penalty": 1.1}
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
 def test_dtype_and_attention_reach_the_model(name: str, expected: torch.dtype) -> None:
-    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype(name), None, "eager", False)
+    model, _ = load(str(BUNDLED_CHECKPOINT), LoadOptions(dtype=Dtype(name), attn_implementation="eager"))
     assert (model.dtype, model.config._attn_implementation, model.training) == (expected, "eager", False)
 
 
 def test_four_bit_loading_quantizes_linear_layers() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype.float32, "cpu", None, True)
+    model, _ = load(str(BUNDLED_CHECKPOINT), LoadOptions(dtype=Dtype.float32, device_map="cpu", load_in_4bit=True))
     projection = model.model.layers[0].mlp.up_proj
     assert isinstance(projection, bitsandbytes.nn.Linear4bit)
     assert (projection.weight.quant_type, projection.compute_dtype) == ("nf4", torch.float32)
@@ -116,7 +119,7 @@ def test_four_bit_loading_quantizes_linear_layers() -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], missing: str, remedy: str
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(application, "find_spec", lambda name: None if name == missing else object())
     result = run("generate", PROMPT, *option)
     assert result.exit_code == 2
     assert missing in result.stderr
@@ -190,7 +193,8 @@ def test_info_lists_versions_classes_back_ends_and_devices() -> None:
         assert "not usable: attn_implementation='flash_attention_2'" in shown["flash_attention_2"]
 
 
-def test_info_shows_the_classes_of_the_library_after_unregister(registered: None) -> None:
+def test_info_shows_the_classes_that_the_names_resolve_to(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "register", lambda: None)
     mistral_hf.unregister()
     assert "transformers.models.mistral.modeling_mistral.MistralForCausalLM" in run("info").stdout
 
@@ -200,7 +204,7 @@ def test_info_names_a_missing_compiler_and_a_missing_checkpoint(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(cli, "BUNDLED_CHECKPOINT", tmp_path / "gone")
+    monkeypatch.setattr(info, "BUNDLED_CHECKPOINT", tmp_path / "gone")
     output = run("info").stdout
     assert "there is no compiler" in output
     assert f"missing: {tmp_path / 'gone'}" in output
