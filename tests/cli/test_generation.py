@@ -72,7 +72,12 @@ def test_a_prompt_from_standard_input_is_read_in_chunks() -> None:
 
 def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     received: dict[str, Any] = {}
-    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", lambda model, **options: received.update(options))
+
+    def generate(model: Any, **options: Any) -> torch.Tensor:
+        received.update(options)
+        return options["input_ids"]
+
+    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", generate)
     values = {
         "temperature": 0.5,
         "top_k": 3,
