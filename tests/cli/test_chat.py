@@ -62,7 +62,7 @@ def said(session: ChatSession) -> list[str]:
 
 
 def test_the_command_answers_a_pipe(chat_folder: Path) -> None:
-    lines = "Hello there\n\n/system Of the old captain and of his ship.\nHello there\n/reset\nHello there\n/exit\nnever read\n"
+    lines = "Hello there\n\n/system Of an old captain.\nHello there\n/reset\nHello there\n/exit\nnever read\n"
     found = replies(chat(chat_folder, stdin=lines))
     assert len(found) == 3
     assert found[0] != found[1] == found[2]  # /reset keeps the system prompt
