@@ -109,10 +109,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, chat_folder: Path) -> dict
     root = tmp_path_factory.mktemp("fuzz")
     found = {"bundled": BUNDLED_CHECKPOINT, "chat": chat_folder, "nowhere": root / "nowhere", "file": Path(__file__)}
     found["raw"] = write_raw(root / "raw", COMMON, raw_tensors(COMMON))
-    found["lora"] = write_raw_lora(root / "lora")
+    write_raw_lora(root / "lora")
     (root / "gguf").mkdir()
+    (root / "empty").mkdir()
     (root / "gguf/model.gguf").write_bytes(b"GGUF")
-    found |= {"gguf": root / "gguf", "empty": Path(shutil.copytree(root / "gguf", root / "empty" / "folder").parent)}
+    found |= {
+        "lora": root / "lora",
+        "gguf": root / "gguf",
+        "empty": Path(shutil.copytree(root / "gguf", root / "empty" / "folder").parent),
+    }
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(chat_folder), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(root / "adapter")
     found["adapter"] = root / "adapter"
@@ -134,13 +139,13 @@ def library_as_before() -> Iterator[None]:
 
 
 def options_of(table: dict[str, list[str]]) -> st.SearchStrategy[list[str]]:
-    """At most four options with values from the table, now and then any text."""
+    """At most two options with values from the table, now and then any text."""
     valued = st.sampled_from(sorted(table)).flatmap(
         lambda name: st.tuples(
             st.just(name), st.sampled_from(table[name]) | st.text(max_size=5).filter(lambda t: "\0" not in t)
         )
     )
-    return st.lists(valued, max_size=4).map(lambda pairs: [word for pair in pairs for word in pair])
+    return st.lists(valued, max_size=2).map(lambda pairs: [word for pair in pairs for word in pair])
 
 
 FIELDS = st.fixed_dictionaries(
@@ -150,16 +155,19 @@ FIELDS = st.fixed_dictionaries(
     }
 )
 
+USUAL = {"generate": "chat", "chat": "chat", "convert": "raw", "verify": "raw"}  # the folder that a command is for
+KINDS = ["chat", "bundled", "adapter", "raw", "lora", "gguf", "empty", "nowhere", "file", "config"]
+KINDS += ["cut config.json", "cut model.safetensors", "cut tokenizer.json"]
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[str, list[str], str, dict[str, Any], bytes]:
     """A command, its options, the kind of its folder, a changed field of the configuration, and standard input."""
-    command = draw(st.sampled_from(["generate", "chat", "convert", "verify"]))
-    kinds = ["chat", "bundled", "adapter", "raw", "lora", "gguf", "empty", "nowhere", "file", "config"]
-    kind = draw(st.sampled_from([*kinds, "cut config.json", "cut model.safetensors", "cut tokenizer.json"]))
+    command = draw(st.sampled_from(sorted(USUAL)))
+    kind = draw(st.just(USUAL[command]) | st.sampled_from(KINDS))
     lines = st.lists(st.sampled_from(LINES) | st.binary(max_size=6), max_size=3).map(b"\n".join)
     table = OPTIONS if command in ("generate", "chat") else CONVERSIONS
-    flags = draw(st.lists(st.sampled_from(FLAGS), max_size=2))
+    flags = draw(st.lists(st.sampled_from(FLAGS), max_size=1))
     return command, [*draw(options_of(table)), *flags], kind, draw(FIELDS), draw(lines)
 
 

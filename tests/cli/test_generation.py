@@ -1,6 +1,7 @@
 """The command line, in this process, and once as a program."""
 
 import json
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -68,6 +69,35 @@ def test_beams_are_printed_at_the_end() -> None:
 def test_a_prompt_from_standard_input_is_read_in_chunks() -> None:
     text = text_of("-", "--greedy", "--prefill-chunk-size", "3", "--dtype", "float32", *SHORT, stdin=PROMPT)
     assert text == reference_text("float32", do_sample=False)
+
+
+def test_json_holds_the_text_and_the_counts() -> None:
+    result = json.loads(text_of(PROMPT, "--greedy", "--json", *SHORT))
+    assert (result["prompt"], result["new_tokens"]) == (PROMPT, 12)
+    assert f"{PROMPT}{result['text']}".strip() == reference_text(do_sample=False)
+    assert result["prompt_tokens"] == len(AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)(PROMPT).input_ids)
+    assert 0 < result["seconds_to_first_token"] < result["seconds"]
+    assert result["tokens_per_second"] > 0
+    beams = json.loads(text_of(PROMPT, "--greedy", "--json", "--num-beams", "2", *SHORT))
+    assert (beams["new_tokens"], beams["seconds_to_first_token"]) == (12, None)
+
+
+def test_stats_go_to_standard_error() -> None:
+    result = run("generate", PROMPT, "--greedy", "--stats", *SHORT)
+    assert result.stdout.strip() == reference_text(do_sample=False)
+    assert re.search(r"\d+ tokens read, 12 generated in .* s: .* tokens/s", result.stderr)
+
+
+@pytest.mark.parametrize("spelling", ["--max-new-tokens", "--max_new_tokens"])
+def test_options_are_spelled_with_dashes_or_underscores(spelling: str) -> None:
+    assert text_of(PROMPT, "--greedy", spelling, "12") == reference_text(do_sample=False)
+
+
+def test_info_is_json_on_request() -> None:
+    tables = json.loads(run("info", "--json").stdout)
+    assert tables["versions"]["torch"] == version("torch")
+    assert tables["attention"]["sdpa"] == "usable"
+    assert list(tables) == ["versions", "classes", "attention", "devices", "checkpoints"]
 
 
 def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +208,7 @@ def test_another_architecture_is_noted(folder: Path) -> None:
     result = run("generate", PROMPT, "--model", str(folder), *SHORT)
     assert result.exit_code == 0
     assert "LlamaForCausalLM" in result.stderr
+    assert run("generate", PROMPT, "--model", str(folder), "--quiet", *SHORT).stderr == ""
 
 
 def test_info_lists_versions_classes_back_ends_and_devices() -> None:

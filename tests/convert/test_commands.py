@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,70 @@ print(result.exit_code, result.stderr, sep="|")
     assert exit_code == "2"
     assert re.fullmatch(r"Error: .*bfloat16.* ml_dtypes.* pip install 'mistral_hf\[convert\]'.*", error)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def convert(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(mistral_hf_app, ["convert", *map(str, arguments)])
+
+
+def test_convert_finds_the_direction(tmp_path: Path) -> None:
+    raw, hf, back = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON)), tmp_path / "hf", tmp_path / "back"
+    lora = tmp_path / "lora"
+    write_raw_lora(lora)
+    for source, target, file in (
+        (raw, hf, "config.json"),
+        (hf, back, "params.json"),
+        (lora, tmp_path / "peft", "adapter_config.json"),
+    ):
+        result = convert(source, target)
+        assert result.exit_code == 0, result.output
+        assert (target / file).is_file()
+    assert bits(load_file(back / "consolidated.safetensors")) == bits(raw_tensors(COMMON))
+    shutil.copy(hf / "config.json", tmp_path / "peft")  # the base model's, for its head counts
+    assert convert(tmp_path / "peft", tmp_path / "lora2").exit_code == 0
+    assert (tmp_path / "lora2/lora.safetensors").is_file()
+
+
+def test_a_folder_in_both_formats_needs_the_direction(tmp_path: Path) -> None:
+    both = write_raw(tmp_path / "both", COMMON, raw_tensors(COMMON))
+    assert convert(both, tmp_path / "hf").exit_code == 0
+    for file in (tmp_path / "hf").glob("*"):
+        if file.name != "manifest.json" and file.is_file():
+            shutil.copy(file, both)
+    result = convert(both, tmp_path / "out")
+    assert result.exit_code == 2
+    assert "holds both formats: add --to hf or --to raw" in result.stderr
+    assert convert(both, tmp_path / "out", "--to", "raw").exit_code == 0
+    assert (tmp_path / "out/params.json").is_file()
+
+
+def test_options_of_raw_folders_are_refused_for_others(tmp_path: Path) -> None:
+    convert(write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON)), tmp_path / "hf")
+    result = convert(tmp_path / "hf", tmp_path / "out", "--tokenizer-version", "v3", "--rope_theta", "1e4")
+    assert (result.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert "--rope-theta, --tokenizer-version: " in result.stderr
+
+
+def test_verify_is_a_command(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    convert(raw, tmp_path / "hf")
+    result = CliRunner().invoke(mistral_hf_app, ["verify", str(raw), str(tmp_path / "hf")])
+    assert (result.exit_code, result.stdout.count("same: ")) == (0, 3), result.output
+    result = CliRunner().invoke(mistral_hf_app, ["verify", str(raw), str(tmp_path / "nothing")])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_an_error_leaves_no_empty_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Visible(tqdm):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{**options, "disable": False})
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Visible)
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/notes").write_text("mine")
+    result = convert(raw, tmp_path / "hf")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "B/s" not in result.stderr
+    assert convert(raw, tmp_path / "quiet", "--quiet").stderr == ""

@@ -49,10 +49,11 @@ def generate(
         output = loaded.generate(**inputs, **keywords, streamer=streamer)
     times = [start, *(streamer.times[1:] if streamer is not None else []), perf_counter()]
     numbers = statistics(times, read, output.shape[1] - read)
+    whole, beginning = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (output[0], output[0, :read]))
     if as_json:
-        added = tokenizer.decode(output[0, read:], skip_special_tokens=True)
-        typer.echo(json.dumps({"prompt": text, "text": added, **numbers}, ensure_ascii=False))
+        record = {"prompt": text, "text": whole.removeprefix(beginning), **numbers}
+        typer.echo(json.dumps(record, ensure_ascii=False))
     elif streamer is None:
-        typer.echo(tokenizer.decode(output[0], skip_special_tokens=True))
+        typer.echo(whole)
     if stats:
         typer.echo(summary(numbers), err=True)

@@ -89,7 +89,7 @@ def _check_device(name: str) -> None:
         possible = False
     if not possible:
         raise typer.BadParameter(
-            f"There is no device {name} here: use {', '.join((*known, *DEVICE_MAPS))}.", param_hint="--device-map"
+            f"There is no device {name!r} here: use {', '.join((*known, *DEVICE_MAPS))}.", param_hint="--device-map"
         )
 
 
