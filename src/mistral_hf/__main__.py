@@ -13,22 +13,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     from .cli import app
 
-    try:
-        app(prog_name="mistral-hf")
-    finally:
-        _flush()
-
-
-def _flush() -> None:
-    """Flush standard output while an error can still be shown; Python's own attempt would be a traceback."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            print(f"Error: standard output: {error.strerror}.", file=sys.stderr)
-            sys.exit(2)
+    app(prog_name="mistral-hf")
 
 
 if __name__ == "__main__":
