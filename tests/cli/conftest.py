@@ -9,9 +9,10 @@ from mistral_hf.bundled import BUNDLED_CHECKPOINT
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% if 'refuse' in message['content'] %}"
-    "{{ raise_exception('System prompts are not supported.') }}{% endif %}{{ message['content'] }} "
-    "{% else %}[INST] {{ message['content'] }} [/INST]{% endif %}{% endfor %}"
+    "{% if 'refuse' in message['content'] %}{{ raise_exception('System prompts are not supported.') }}"
+    "{% elif message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }} {% endif %}{% endfor %}"
 )
 
 
