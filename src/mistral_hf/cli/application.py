@@ -34,7 +34,7 @@ def say_error(message: object) -> None:
 def say_failure(error: Exception) -> None:
     """Show an error; one that nobody foresaw with its type, and with the way to see its traceback."""
     foreseen = isinstance(error, OSError | ValueError | ImportError | MemoryError | OverflowError)
-    foreseen |= type(error).__module__ == "huggingface_hub.errors"  # of the fields of a configuration, among others
+    foreseen |= type(error).__module__ in ("huggingface_hub.errors", "jinja2.exceptions")  # fields, chat templates
     if isinstance(error, typer.TyperException):
         say_error(error.format_message())
     elif foreseen and str(error):
