@@ -27,15 +27,13 @@ def main() -> None:
     prefix = tokenizer(options.prefix, return_tensors="pt").input_ids
     cache = RollingCache(model.config)
     with torch.inference_mode():
-        model(prefix, past_key_values=cache, logits_to_keep=1)
+        model(prefix, cache=cache, logits_to_keep=1)
 
     for ending in options.endings:
         ids = tokenizer(options.prefix + ending, return_tensors="pt").input_ids
         if not torch.equal(ids[:, : prefix.shape[1]], prefix):
             raise SystemExit(f"{ending!r} changes the tokens of the prefix: begin it with a space.")
-        output = model.generate(
-            ids, past_key_values=copy.deepcopy(cache), max_new_tokens=options.max_new_tokens, do_sample=False
-        )
+        output = model.generate(ids, cache=copy.deepcopy(cache), max_new_tokens=options.max_new_tokens, do_sample=False)
         print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 

@@ -31,14 +31,15 @@ def main() -> None:
     ids = tokenizer(options.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
     print(f"window: {model.config.sliding_window} tokens; the text: {ids.shape[1]} tokens")
     for length in (ids.shape[1] // 8, ids.shape[1] // 2, ids.shape[1]):
-        output = model.generate(
+        cache = RollingCache(model.config)
+        model.generate(
             ids[:, :length],
+            cache=cache,
             prefill_chunk_size=options.chunk,
             max_new_tokens=options.max_new_tokens,
             do_sample=False,
-            return_dict_in_generate=True,
         )
-        print(f"prompt: {length} tokens; cache: {bytes_of(output.past_key_values)} bytes")
+        print(f"prompt: {length} tokens; cache: {bytes_of(cache)} bytes")
 
 
 if __name__ == "__main__":

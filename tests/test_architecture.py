@@ -1,6 +1,8 @@
 """The packages depend on each other in one direction; what each may import, of the package and of the world."""
 
 import ast
+import sys
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,16 @@ def test_a_file_imports_what_the_rule_of_its_package_allows(path: Path) -> None:
     forbidden = FORBIDDEN.get(unit, set()) | FORBIDDEN.get(path.as_posix(), set())
     forbidden |= {"conversion", "examples", "benchmarks", "tests"}
     assert {name for name in names if any(is_within(name, module) for module in forbidden)} == set()
+
+
+def test_the_conversion_needs_no_extra() -> None:
+    """Every package that it imports is among ``install_requires``."""
+    setup = ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    required = {line.split()[0] for line in setup["options"]["install_requires"].strip().splitlines()}
+    for path in (path for path in FILES if unit_of(path) in ("checkpoints", "convert", "chat", "compatibility")):
+        names = {name.split(".")[0] for name in imported(SOURCE / path, SOURCE)}
+        assert names - sys.stdlib_module_names - {"mistral_hf", "mistral_common"} <= required, path
 
 
 def test_every_package_has_a_rule_and_every_rule_a_package() -> None:

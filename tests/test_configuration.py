@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -35,8 +36,10 @@ def test_defaults_match_the_reference() -> None:
 
 
 def test_class_attributes_match_the_reference() -> None:
-    for name in ("model_type", "keys_to_ignore_at_inference", "base_model_tp_plan", "base_model_pp_plan"):
+    for name in ("model_type", "base_model_tp_plan", "base_model_pp_plan"):
         assert getattr(MistralConfig, name) == getattr(StockConfig, name), name
+    ignored = getattr(StockConfig, "keys_to_ignore_at_inference", ["cache"])  # as Trainer does
+    assert set(ignored) <= set(MistralConfig.keys_to_ignore_at_inference)
 
 
 def test_old_hub_files_are_read(tmp_path: Path) -> None:
@@ -126,6 +129,11 @@ def test_copies_are_independent() -> None:
         ({"sliding_window": 0}, "sliding_window=0 must be at least 1, or null"),
         ({"sliding_window": -1}, "sliding_window=-1 must be at least 1, or null"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0 must be positive"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf must be positive and finite"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan must be positive and finite"),
+        ({"rms_norm_eps": 1e39}, r"rms_norm_eps=1e\+39 must be positive and finite"),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1 must be finite and not negative"),
+        ({"initializer_range": float("nan")}, "initializer_range=nan must be finite and not negative"),
         ({"attention_dropout": 1.0}, r"attention_dropout=1.0 must lie in \[0, 1\)"),
         ({"attention_dropout": -0.1}, r"attention_dropout=-0.1 must lie in \[0, 1\)"),
         ({"hidden_act": "swiglu"}, "hidden_act='swiglu' must be one of .*silu"),
@@ -138,10 +146,70 @@ def test_errors_name_field_value_and_rule(fields: dict[str, Any], rule: str, tmp
         from_file(tmp_path, **fields)
 
 
-@pytest.mark.parametrize(("field", "value"), [("sliding_window", "4096"), ("vocab_size", 3.5), ("use_cache", "yes")])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("sliding_window", value) for value in ("4096", True, 3.7)),
+        *(("vocab_size", 3.5), ("use_cache", "yes"), ("num_hidden_layers", True)),
+    ],
+)
 def test_wrong_types_are_refused(field: str, value: Any) -> None:
     with pytest.raises(StrictDataclassFieldValidationError, match=field):
         MistralConfig(**{field: value})
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    ("parameters", "rule"),
+    [
+        (YARN | {"factor": -4.0}, r"factor=-4\.0, which must be positive and finite"),
+        (YARN | {"factor": float("nan")}, "factor=nan, which must be positive"),
+        (YARN | {"factor": "4"}, "factor='4', which must be positive"),
+        (YARN | {"factor": [[4.0]]}, r"factor=\[\[4\.0\]\], which must be positive"),
+        (YARN | {"beta_fast": -1}, "beta_fast=-1, which must be not negative"),
+        (YARN | {"attention_factor": float("inf")}, "attention_factor=inf, which must be positive"),
+        (YARN | {"original_max_position_embeddings": 0}, "original_max_position_embeddings=0, which must be positive"),
+        (YARN | {"rope_theta": 1}, "rope_theta=1 must be more than 1 with yarn"),
+        ({"rope_type": "default", "rope_theta": float("inf")}, "rope_theta=inf, which must be positive and finite"),
+        ({"rope_type": "default", "rope_theta": 1e39}, r"rope_theta=1e\+39, which must be positive and finite"),
+        ({"rope_type": "default", "rope_theta": 0}, "rope_theta=0, which must be positive"),
+        ({"rope_type": "default", "rope_theta": None}, "rope_theta=None, which must be positive"),
+        ({"rope_type": "default", "rope_theta": True}, "rope_theta=True, which must be positive"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": None}, "factor=None, which must be positive"),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}, r"factor=0\.0, which must be positive"),
+        ([1, 2], r"rope_parameters=\[1, 2\] must be an object"),
+        ("yarn", "rope_parameters='yarn' must be an object"),
+    ],
+    ids=str,
+)
+def test_senseless_rope_parameters_are_refused(parameters: Any, rule: str, spelling: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, StrictDataclassFieldValidationError), match=rule + "|Field 'rope_parameters' with"):
+        from_file(tmp_path, **{spelling: parameters})
+
+
+@pytest.mark.parametrize("theta", [float("inf"), float("nan"), -1.0, 0, "10000", None])
+def test_a_senseless_rope_theta_of_an_older_file_is_refused(theta: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"rope_theta=.* must be positive and finite"):
+        from_file(tmp_path, rope_theta=theta)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        YARN | {"factor": None, "beta_fast": None, "beta_slow": 0, "mscale": 0, "mscale_all_dim": None},
+        YARN | {"attention_factor": None, "truncate": False, "factor": 0.5, "beta_slow": 64},
+        {"rope_type": "default", "rope_theta": 0.5, "partial_rotary_factor": 0.5},
+        {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": (1.0,) * 6, "long_factor": [2] * 6}
+        | {"factor": np.float64(4), "original_max_position_embeddings": 64},
+    ],
+    ids=str,
+)
+def test_whatever_the_library_runs_is_accepted(parameters: dict[str, Any], make_model: Callable[..., Any]) -> None:
+    fields = {"rope_parameters": parameters, "max_position_embeddings": 128}
+    assert make_model(**fields)(torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
 
 
 def test_layer_types_must_be_uniform() -> None:

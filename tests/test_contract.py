@@ -1,5 +1,6 @@
 """What tools do with the reference's Mistral works with ours: adapters, loading, generation, old call forms."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, BatchEncoding
 from transformers.cache_utils import DynamicCache
 from transformers.models.mistral.configuration_mistral import MistralConfig as StockConfig
 
-from mistral_hf import MistralConfig, MistralForCausalLM
+from mistral_hf import MistralConfig, MistralForCausalLM, RollingCache
 from mistral_hf.compatibility import CheckpointError
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -89,15 +90,17 @@ def test_adapters_of_every_kind_compute_what_they_do_on_the_reference(
         output = wrapped(input_ids=ids, labels=ids)
         output.loss.backward()
         gradients = {name: weight.grad for name, weight in wrapped.named_parameters() if weight.grad is not None}
-        text = wrapped.generate(input_ids=ids[:, :9], max_new_tokens=8, do_sample=False)
-        found.append((output.logits, output.loss, gradients, text))
-    (logits, loss, gradients, text), (*expected, stock_gradients, stock_text) = found
+        found.append((output.logits, output.loss, gradients, wrapped))
+    (logits, loss, gradients, ours), (*expected, stock_gradients, stock) = found
     torch.testing.assert_close(logits, expected[0], **CLOSE)
     torch.testing.assert_close(loss, expected[1], **CLOSE)
     assert gradients.keys() == stock_gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, stock_gradients[name], rtol=1e-3, atol=1e-4)
-    assert torch.equal(text, stock_text)
+    text = ids[:, :9]
+    for _ in range(8):  # not by generate, in which releases of the library and of PEFT pass the cache by two names
+        text = torch.cat([text, stock(input_ids=text).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ours.generate(input_ids=ids[:, :9], max_new_tokens=8, do_sample=False), text)
 
 
 def test_embeddings_that_a_tool_wraps_are_used(make_model: Any, token_ids: Any) -> None:
@@ -178,11 +181,38 @@ def test_generate_takes_the_mapping_that_a_tokenizer_returns(make_model: Any, pa
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_by_its_present_and_its_former_name(name: str, make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(), token_ids(2, 9)
+    expected = model(ids, use_cache=False).logits[:, 5:]
+    for part in (model, model.model):
+        cache = RollingCache(model.config)
+        part(ids[:, :5], **{name: cache})
+        assert cache.get_seq_length() == 5
+        hidden = part(ids[:, 5:], **{name: cache})[0]
+        logits = hidden if part is model else model.lm_head(hidden)
+        torch.testing.assert_close(logits, expected, **CLOSE)
+        assert name in inspect.signature(part.forward).parameters
+    cache = RollingCache(model.config)
+    output = model.generate(ids, **{name: cache}, max_new_tokens=3, return_dict_in_generate=True, do_sample=False)
+    assert output.past_key_values is cache
+    assert torch.equal(output.sequences, model.generate(ids, max_new_tokens=3, do_sample=False))
+
+
+def test_of_two_caches_the_one_with_more_tokens_is_continued(make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(), token_ids(2, 9)
+    expected = model(ids, use_cache=False).logits[:, 5:]
+    for longer, shorter in (("cache", "past_key_values"), ("past_key_values", "cache")):
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        logits = model(ids[:, 5:], **{longer: cache, shorter: RollingCache(model.config)}).logits
+        torch.testing.assert_close(logits, expected, **CLOSE)
+
+
 def test_a_tuple_of_keys_and_values_is_refused_with_the_remedy(make_model: Any, token_ids: Any) -> None:
     model, ids = make_model(sliding_window=None), token_ids(1, 9)
     layers = model(ids[:, :8], use_cache=True).past_key_values.layers
     pairs = tuple((layer.keys, layer.values) for layer in layers)
-    with pytest.raises(ValueError, match=r"past_key_values is a tuple.*DynamicCache\(pairs\)"):
+    with pytest.raises(ValueError, match=r"cache is a tuple.*DynamicCache\(pairs\)"):
         model(ids[:, 8:], past_key_values=pairs)
     torch.testing.assert_close(
         model(ids[:, 8:], past_key_values=DynamicCache(pairs)).logits, model(ids).logits[:, -1:], **CLOSE

@@ -62,9 +62,12 @@ def test_snippets_run(number, first_snippet, hub_stand_in):
 def test_the_long_prompt_keeps_the_window_only(first_snippet, capsys):
     code = next(code for _, code in SNIPPETS if "prefill_chunk_size" in code)
     exec(code, dict(first_snippet))
-    read, kept = map(int, re.findall(r"\d+", capsys.readouterr().out))
-    assert read > 1000
-    assert kept == first_snippet["model"].config.sliding_window
+    read, stored = re.findall(r"(\d+) tokens, ([\d,]+) bytes", capsys.readouterr().out)[0]
+    model = first_snippet["model"]
+    config = model.config
+    a_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * model.dtype.itemsize
+    assert int(read) > 1000
+    assert int(stored.replace(",", "")) == config.sliding_window * a_token
 
 
 def test_registration_goes_back_and_forth(first_snippet, capsys, registered):

@@ -75,19 +75,21 @@ _HOMES = {
 _EXTRAS = {"modeling_flax_mistral": "flax", "modeling_tf_mistral": "tf"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("chat", "convert"):
-        return import_module(f".{name}", __name__)
-    home = next((module for module, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(import_module(f".{home}", __name__), name)
-    except ModuleNotFoundError as error:
-        install = f"mistral_hf[{_EXTRAS[home]}]" if home in _EXTRAS else error.name
-        raise ImportError(
-            f"mistral_hf.{name} needs {error.name}, which is not installed: pip install {install!r} brings it."
-        ) from error
+if not TYPE_CHECKING:  # it would tell type checkers that every name exists
+
+    def __getattr__(name: str) -> Any:
+        if name in ("chat", "convert"):
+            return import_module(f".{name}", __name__)
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return getattr(import_module(f".{home}", __name__), name)
+        except ModuleNotFoundError as error:
+            install = f"mistral_hf[{_EXTRAS[home]}]" if home in _EXTRAS else error.name
+            raise ImportError(
+                f"mistral_hf.{name} needs {error.name}, which is not installed: pip install {install!r} brings it."
+            ) from error
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,22 @@ HEADS = ("lm_head.", "score.", "qa_outputs.")  # weights that a checkpoint may l
 BASE_PREFIX = "model."  # of the decoder's weights in a checkpoint with a head
 
 
+_LONGEST_MESSAGE = 1000  # characters
+
+
+def one_line(text: str) -> str:
+    """Text for one line of a terminal: unprintable characters are escaped, and the middle of a long text is cut."""
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[: _LONGEST_MESSAGE // 2]} [...] {text[-_LONGEST_MESSAGE // 2 :]}"
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; the message names the file and the remedy."""
+    """A checkpoint that cannot be read or written; the message names the file and the remedy, on one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 def check_decoder_weights(source: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -15,7 +15,19 @@ ACTIVATIONS = frozenset(
     }
 )
 
+_FLOAT32 = 2.0**128  # numbers from here on are infinite in float32
+# Numbers and lists of numbers among rope parameters.
+_POSITIVE_ROPE = {
+    *("rope_theta", "factor", "attention_factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "short_factor", "long_factor"),
+}
+_OTHER_ROPE = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor", "llama_4_scaling_beta"}
+
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @strict
@@ -53,7 +65,7 @@ class MistralConfig(PreTrainedConfig):
     """
 
     model_type = "mistral"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
@@ -96,6 +108,8 @@ class MistralConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        for parameters in (self.rope_parameters, kwargs.get("rope_scaling")):  # before the library computes with them
+            self._check_rope(parameters)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -149,7 +163,8 @@ class MistralConfig(PreTrainedConfig):
             self.sliding_window is None or self.sliding_window >= 1,
             "must be at least 1, or null for full attention",
         )
-        self._check("rms_norm_eps", self.rms_norm_eps > 0, "must be positive")
+        self._check("rms_norm_eps", 0 < self.rms_norm_eps < _FLOAT32, "must be positive and finite")
+        self._check("initializer_range", 0 <= self.initializer_range < _FLOAT32, "must be finite and not negative")
         self._check("attention_dropout", 0 <= self.attention_dropout < 1, "must lie in [0, 1)")
         self._check(
             "loss_chunk_size",
@@ -158,11 +173,31 @@ class MistralConfig(PreTrainedConfig):
         )
         self._check("label_smoothing", 0 <= self.label_smoothing < 1, "must lie in [0, 1)")
         self._check("hidden_act", self.hidden_act in ACTIVATIONS, f"must be one of {', '.join(sorted(ACTIVATIONS))}")
+        self._check_rope(self.rope_parameters)
         self._check_uniform_layers()
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"MistralConfig: {name}={getattr(self, name)!r} {rule}.")
+            raise ValueError(f"MistralConfig: {name}={getattr(self, name)!r:.200} {rule}.")
+
+    def _check_rope(self, parameters: Any) -> None:
+        """Check the numbers among rope parameters, with which the library computes as they are."""
+        if parameters is None:
+            return
+        if not isinstance(parameters, dict):
+            raise ValueError(f"MistralConfig: rope_parameters={parameters!r:.200} must be an object, or null.")
+        kind = parameters.get("rope_type", parameters.get("type"))
+        needed = {"rope_theta"} | ({"factor"} if kind in ("linear", "dynamic", "llama3") else set())
+        for name, value in parameters.items():
+            if isinstance(value, dict):  # the parameters of one layer type
+                self._check_rope(value)
+            elif name in _POSITIVE_ROPE | _OTHER_ROPE and (value is not None or name in needed):
+                positive, numbers = name in _POSITIVE_ROPE, value if isinstance(value, list | tuple) else [value]
+                if not all(_is_number(n) and 0 <= n < _FLOAT32 and (n or not positive) for n in numbers):
+                    rule = f"be {'positive' if positive else 'not negative'} and finite"
+                    raise ValueError(f"MistralConfig: rope_parameters has {name}={value!r:.200}, which must {rule}.")
+        if kind == "yarn" and parameters.get("rope_theta", 2) <= 1:
+            raise ValueError(f"MistralConfig: rope_theta={parameters['rope_theta']!r} must be more than 1 with yarn.")
 
     def _check_uniform_layers(self) -> None:
         layer_types = getattr(self, "layer_types", None)

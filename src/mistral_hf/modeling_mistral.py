@@ -8,7 +8,7 @@ Legend: B batch, S new tokens, T keys, H query heads, K key/value heads, D head_
 
 from collections.abc import Callable
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .compatibility import check_decoder_weights, check_quantization, layers_left_out
 from .configuration_mistral import MistralConfig
 from .torch.attention import ALL_ATTENTION_FUNCTIONS, eager_attention_forward, make_mask, takes_mask
-from .torch.cache import RollingCache
+from .torch.cache import CACHE_NAME, RollingCache, cached_states, takes_cache
 from .torch.flash_attention import IMPLEMENTATION_CHECKS
 from .torch.generation import MistralGenerationMixin
 from .torch.linear import gated, in_pieces, linear, project
@@ -49,6 +49,9 @@ from .torch.rotary import apply_rotary, rotary_factors
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -60,7 +63,7 @@ class MistralPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MistralDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -75,6 +78,16 @@ class MistralPreTrainedModel(PreTrainedModel):
             )
         config.validate_architecture()  # overrides given to from_pretrained arrive after the configuration was made
         super().__init__(config, *args, **kwargs)
+
+    @overload
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: Literal[False] = False, **kwargs: Any) -> "Self": ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: Literal[True], **kwargs: Any
+    ) -> "tuple[Self, dict[str, Any]]": ...
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -154,13 +167,14 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
         self.loss_function = language_model_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -171,7 +185,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
         """Predict the next token at every position.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: See `MistralModel`.
             labels: ``[B, S]`` token ids, -100 where the loss ignores them; they are shifted inside. No packed sequence
                 predicts a label of the next.
             logits_to_keep: Compute logits for that many last positions only, or for the positions of a 1-d tensor;
@@ -183,7 +197,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
 
         Returns:
             ``logits`` ``[B, S or kept, V]`` in the model's dtype, None if the loss was computed in chunks; ``loss`` if
-            there are labels; ``past_key_values``.
+            there are labels; ``cache``.
 
         Raises:
             ValueError: As `MistralModel`; a label lies outside the vocabulary; or a custom loss function is to be
@@ -193,7 +207,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -211,7 +225,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -246,13 +260,14 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
         self.loss_function = sequence_classification_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -264,12 +279,12 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
         the last token that is not ``config.pad_token_id``.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: See `MistralModel`.
             labels: See `losses.sequence_classification_loss`.
             **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
 
         Returns:
-            ``logits`` ``[B, num_labels]``, ``loss`` if there are labels, ``past_key_values``.
+            ``logits`` ``[B, num_labels]``, ``loss`` if there are labels, ``cache``.
 
         Raises:
             ValueError: As `MistralModel`; a batch has neither a mask nor a pad token; or the labels do not fit.
@@ -278,7 +293,7 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -293,7 +308,7 @@ class MistralForSequenceClassification(MistralPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -331,13 +346,14 @@ class MistralForTokenClassification(MistralPreTrainedModel):
         self.loss_function = token_classification_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -346,7 +362,7 @@ class MistralForTokenClassification(MistralPreTrainedModel):
         """Classify every token.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache: See `MistralModel`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: See `MistralModel`.
             labels: ``[B, S]`` class ids, -100 where the loss ignores them.
             **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
 
@@ -360,7 +376,7 @@ class MistralForTokenClassification(MistralPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -385,13 +401,14 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         self.loss_function = question_answering_loss
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -400,7 +417,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
         """Find the answer's span.
 
         Args:
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds: See `MistralModel`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds: See `MistralModel`.
             start_positions, end_positions: ``[B]`` positions of the first and last token of the answer; one outside the
                 input is ignored.
             **kwargs: To `MistralModel` and to the loss function (``num_items_in_batch``).
@@ -415,7 +432,7 @@ class MistralForQuestionAnswering(MistralPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -473,12 +490,13 @@ class MistralAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
@@ -487,7 +505,7 @@ class MistralAttention(nn.Module):
             hidden_states: ``[B, S, E]``.
             position_embeddings: cos and sin as `MistralRotaryEmbedding` gives them.
             attention_mask: As `attention.make_mask` returns it for the attention implementation.
-            past_key_values: The cache, which gets the new keys and values.
+            cache: The cache, which gets the new keys and values.
 
         Returns:
             ``[B, S, E]``, and the attention weights ``[B, H, S, T]`` of an implementation that has them.
@@ -497,8 +515,7 @@ class MistralAttention(nn.Module):
         projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (states.view(by_head).transpose(1, 2) for states in projected)  # [B, H or K, S, D]
         q, k = apply_rotary(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)  # [B, K, T, D]
+        k, v = cached_states(cache, k, v, self.layer_idx, kwargs)  # [B, K, T, D]
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -611,6 +628,7 @@ class MistralModel(MistralPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -618,7 +636,7 @@ class MistralModel(MistralPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         packed: bool | None = None,
@@ -632,14 +650,14 @@ class MistralModel(MistralPreTrainedModel):
                 or a custom mask ``[B or 1, H or 1, S, T]``, boolean or additive.
             position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
                 restart (without mask and cache) mark packed sequences, which do not see each other and have no cache.
-            past_key_values: The cached tokens; new ones are added to it in place.
+            cache: The cached tokens; new ones are added to it in place.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
-            use_cache: Return a cache, a new one if `past_key_values` is None (default: ``config.use_cache``).
+            use_cache: Return a cache, a new one if `cache` is None (default: ``config.use_cache``).
             packed: False if no row holds several sequences, whatever its positions.
             **kwargs: ``output_hidden_states``, ``output_attentions``, and options of attention implementations.
 
         Returns:
-            ``last_hidden_state`` ``[B, S, E]``, ``past_key_values``, and the optional outputs that were requested.
+            ``last_hidden_state`` ``[B, S, E]``, ``cache``, and the optional outputs that were requested.
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
@@ -653,14 +671,14 @@ class MistralModel(MistralPreTrainedModel):
             inputs_embeds,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             needs_positions=needs_positions,
             packed=packed if takes_mask(implementation) else False,
             **kwargs,
         )
         mask = self.make_mask(inputs_embeds, layout, kwargs.get("output_attentions"))
-        if use_cache and past_key_values is None and not layout.is_packed:
-            past_key_values = RollingCache(self.config)
+        if use_cache and cache is None and not layout.is_packed:
+            cache = RollingCache(self.config)
         warn_if_too_long(layout.keys, inputs_embeds.shape[1], self.config.max_position_embeddings)
         position_embeddings = self.rotary_emb(inputs_embeds, layout.positions)
         hidden_states = inputs_embeds
@@ -669,13 +687,13 @@ class MistralModel(MistralPreTrainedModel):
                 hidden_states,
                 attention_mask=mask,
                 position_ids=layout.positions,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values if use_cache else None
+            last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache if use_cache else None}
         )
 
     def make_mask(self, inputs_embeds: Tensor, layout: SequenceLayout, output_attentions: bool | None = None) -> Any:

@@ -126,6 +126,24 @@ def test_kept_files_are_copied_where_links_are_not_possible(converted: Path, mon
     check_manifest(converted)
 
 
+def test_a_folder_that_is_a_symbolic_link_stays_one(converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("hf")
+    save_over(tmp_path / "link")
+    assert os.readlink(tmp_path / "link") == "hf"
+    assert check_manifest(converted) > 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_saved_weights_are_no_conversions_output(converted: Path, tmp_path: Path) -> None:
+    """``--overwrite`` would lose what was trained."""
+    convert_raw_to_hf(tmp_path / "raw", converted, overwrite=True)
+    save_over(converted)
+    before = (converted / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="is not the output of a conversion"):
+        convert_raw_to_hf(tmp_path / "raw", converted, overwrite=True)
+    assert (converted / "model.safetensors").read_bytes() == before
+
+
 def test_symbolic_links_stay_links(converted: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/text.txt").write_text("far away")

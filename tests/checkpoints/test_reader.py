@@ -21,7 +21,6 @@ from mistral_hf.checkpoints.writer import write_checkpoint
 from mistral_hf.convert.params import normalize_params
 from mistral_hf.convert.tensors import raw_shapes
 from tests.helpers.checkpoint_files import lazy_tensors, raw_bytes
-from tests.helpers.processes import run_python
 from tests.helpers.raw_reference import COMMON, raw_tensors, write_raw
 
 RAW_SHAPES = raw_shapes(normalize_params(COMMON))
@@ -72,22 +71,6 @@ def test_same_bits_is_stricter_than_equality() -> None:
     assert not same_bits(zero, -zero)
     assert not same_bits(zero, zero.astype(np.float32))
     assert not same_bits(zero, zero[:, None])
-
-
-def test_a_missing_ml_dtypes_is_named_with_its_remedy(tmp_path: Path) -> None:
-    """Only bfloat16 and the 8-bit floats need it."""
-    write_raw(tmp_path / "half", COMMON, TENSORS)
-    save_file({"x": torch.zeros(2)}, tmp_path / "model.safetensors")
-    code = f"""
-from mistral_hf.checkpoints.reader import open_checkpoint
-assert open_checkpoint({str(tmp_path)!r}).read("x").shape == (2,)
-try:
-    open_checkpoint({str(tmp_path / "half")!r}, "consolidated")
-except ImportError as error:
-    print(error)
-"""
-    remedy = "pip install 'mistral_hf[convert]'"
-    assert remedy in run_python(code, hidden=("ml_dtypes",))
 
 
 def test_a_dtype_that_is_not_supported_is_refused(tmp_path: Path) -> None:

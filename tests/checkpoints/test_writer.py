@@ -14,10 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from mistral_hf.checkpoints.reader import CheckpointError, TensorInfo, open_checkpoint, same_bits
+from mistral_hf.checkpoints.reader import CheckpointError, TensorInfo, numpy_dtype, open_checkpoint, same_bits
 from mistral_hf.checkpoints.writer import (
+    CONVERSION,
     LazyTensor,
     atomic_folder,
+    check_converted,
     check_manifest,
     file_sha256,
     parse_size,
@@ -59,6 +61,25 @@ def test_a_tensor_other_than_announced_is_refused(tmp_path: Path) -> None:
     tensor = LazyTensor("x", TensorInfo("float32", (2, 3)), lambda: np.zeros((3, 2), np.float32))
     with pytest.raises(CheckpointError, match="x was announced"):
         write_checkpoint(tmp_path, [tensor])
+
+
+@pytest.mark.parametrize("sizes", [[24], [23], [25], [8, 8], [8, 8, 9], []])
+def test_a_stream_of_another_length_than_announced_is_refused(sizes: list[int], tmp_path: Path) -> None:
+    """The header is already written, and says where the next tensor begins."""
+    pieces = [memoryview(bytes(size)) for size in sizes]
+    info = TensorInfo("float32", (2, 3))
+    tensor = LazyTensor("x", info, lambda: np.zeros((2, 3), np.float32), lambda: iter(pieces))
+    if sum(sizes) == info.nbytes:
+        write_checkpoint(tmp_path, [tensor])
+        return
+    with pytest.raises(CheckpointError, match=r"x was announced with 24 bytes, but has (more|fewer)"):
+        write_checkpoint(tmp_path, [tensor])
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "float8_e4m3fnuz"])
+def test_a_dtype_that_the_format_lacks_is_refused(dtype: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"x is {dtype}, which safetensors files cannot hold"):
+        write_checkpoint(tmp_path, lazy_tensors({"x": np.zeros(2, numpy_dtype(dtype))}))
 
 
 def test_streamed_tensors_larger_than_a_piece_survive(tmp_path: Path) -> None:
@@ -117,9 +138,16 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def converted_folder(folder: Path) -> Path:
+    """A folder that a conversion wrote."""
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    write_manifest(folder, made_by=CONVERSION)
+    return folder
+
+
 def test_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("old")
+    converted_folder(tmp_path / "out")
     with pytest.raises(FileExistsError, match="--overwrite"), atomic_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out/config.json").read_text() == "old"
@@ -127,24 +155,75 @@ def test_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_overwriting_replaces_the_whole_folder_and_only_at_the_end(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("old")
-    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", overwrite=True):
+    converted_folder(tmp_path / "out")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", check_replaceable=check_converted):
         raise ZeroDivisionError
     assert (tmp_path / "out/config.json").read_text() == "old"
-    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+    with atomic_folder(tmp_path / "out", check_replaceable=check_converted) as folder:
         (folder / "params.json").write_text("new")
     assert leftovers(tmp_path / "out") == ["params.json"]
     assert leftovers(tmp_path) == ["out"]
 
 
-def test_overwriting_spares_what_is_not_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home/thesis.txt").write_text("precious")
-    work = atomic_folder(tmp_path / "home", overwrite=True)
-    with pytest.raises(FileExistsError, match="does not look like a checkpoint"), work:
-        pass
-    assert (tmp_path / "home/thesis.txt").exists()
+@pytest.mark.parametrize("manifest", [None, "{", '{"files": {}}', '{"made_by": "mistral_hf.convert", "files": 3}'])
+def test_overwriting_spares_what_no_conversion_wrote(manifest: str | None, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("precious")
+    (home / "config.json").write_text("{}")
+    if manifest is not None:
+        (home / "manifest.json").write_text(manifest)
+    work = atomic_folder(home, check_replaceable=check_converted)
+    with pytest.raises(FileExistsError, match=r"home is not the output of a conversion \(no manifest\.json"), work:
+        pytest.fail("must not begin")
+    assert (home / "thesis.txt").read_text() == "precious"
+    assert leftovers(tmp_path) == ["home"]
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "deep/thesis.txt", ".hidden", "link"])
+def test_overwriting_spares_other_files_in_a_converted_folder(name: str, tmp_path: Path) -> None:
+    out = converted_folder(tmp_path / "out")
+    (out / name).parent.mkdir(exist_ok=True)
+    if name == "link":
+        (out / name).symlink_to(tmp_path)
+    else:
+        (out / name).write_text("precious")
+    work = atomic_folder(out, check_replaceable=check_converted)
+    with pytest.raises(FileExistsError, match=rf"out holds {name}, which no conversion wrote"), work:
+        pytest.fail("must not begin")
+    assert os.path.lexists(out / name)
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("precious")
+    work = atomic_folder(tmp_path / "out", check_replaceable=check_converted)
+    with pytest.raises(FileExistsError, match="out is not a folder"), work:
+        pytest.fail("must not begin")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "converted"])
+def test_an_output_that_is_a_symbolic_link_stays_one(state: str, tmp_path: Path) -> None:
+    """The folder that it points to is written, which may be on another disk."""
+    (tmp_path / "disk").mkdir()
+    if state == "converted":
+        converted_folder(tmp_path / "disk/out")
+    elif state == "empty":
+        (tmp_path / "disk/out").mkdir()
+    (tmp_path / "link").symlink_to("disk/out")
+    with atomic_folder(tmp_path / "link", check_replaceable=check_converted) as folder:
+        assert folder.parent == tmp_path / "disk"
+        (folder / "config.json").write_text("new")
+    assert os.readlink(tmp_path / "link") == "disk/out"
+    assert leftovers(tmp_path / "disk/out") == ["config.json"]
+    assert (leftovers(tmp_path), leftovers(tmp_path / "disk")) == (["disk", "link"], ["out"])
+
+
+def test_an_output_that_links_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(OSError, match="out"), atomic_folder(tmp_path / "out"):
+        pytest.fail("must not begin")
+    assert leftovers(tmp_path) == ["out"]
 
 
 def test_an_empty_output_folder_is_used(tmp_path: Path) -> None:
@@ -175,7 +254,7 @@ def killed_run(target: Path, moment: str, patch: pytest.MonkeyPatch) -> None:
     rename = Path.rename
     if moment == "between renames":
         patch.setattr(Path, "rename", lambda path, to: kill() if "incomplete" in path.name else rename(path, to))
-    with atomic_folder(target, overwrite=True) as folder:
+    with atomic_folder(target, check_replaceable=check_converted) as folder:
         (folder / "config.json").write_text("new")
         (folder / "original").mkdir()
         (folder / "original/tokenizer.model").write_text("new")
@@ -187,8 +266,7 @@ def killed_run(target: Path, moment: str, patch: pytest.MonkeyPatch) -> None:
 def test_a_killed_run_leaves_nothing_that_looks_finished(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/config.json").write_text("old")
+    converted_folder(tmp_path / "out")
     assert in_child(lambda: killed_run(tmp_path / "out", moment, monkeypatch)) == -signal.SIGKILL
     assert not any(path.name == "out" and (path / "original").exists() for path in tmp_path.iterdir())
     assert any(path.name.startswith(".out.") for path in tmp_path.iterdir())
@@ -196,7 +274,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(
         pass
     assert (tmp_path / "out/config.json").read_text() == "old"
     assert in_child(lambda: killed_run(tmp_path / "out", moment, monkeypatch)) == -signal.SIGKILL
-    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+    with atomic_folder(tmp_path / "out", check_replaceable=check_converted) as folder:
         assert leftovers(folder) == []
         (folder / "config.json").write_text("newer")
     assert leftovers(tmp_path) == ["out"]
@@ -226,6 +304,13 @@ def test_the_manifest_finds_every_change(tmp_path: Path) -> None:
         check_manifest(tmp_path)
     (tmp_path / "original/tokenizer.model").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.model is missing"):
+        check_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": []}', '{"files": {"x": 1}}', '{"files": {"x": {}}}'])
+def test_a_malformed_manifest_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"manifest\.json is not a manifest"):
         check_manifest(tmp_path)
 
 

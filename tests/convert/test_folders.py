@@ -151,6 +151,31 @@ def test_a_truncated_input_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
+def test_overwriting_replaces_a_conversions_output_and_nothing_else(tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    convert_raw_to_hf(raw, tmp_path / "hf", dtype="float32", overwrite=True)
+    assert read_json(tmp_path / "hf/config.json")["torch_dtype"] == "float32"
+    (tmp_path / "hf/notes.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match=r"hf holds notes\.txt, which no conversion wrote"):
+        convert_raw_to_hf(raw, tmp_path / "hf", overwrite=True)
+    assert (tmp_path / "hf/notes.txt").read_text() == "precious"
+    with pytest.raises(FileExistsError, match="other is not the output of a conversion"):
+        convert_raw_to_hf(raw, write_raw(tmp_path / "other", COMMON, raw_tensors(COMMON)), overwrite=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_symbolic_link_is_written_where_it_points_to(there: bool, tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON))
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to("disk/hf")
+    if there:
+        (tmp_path / "disk/hf").mkdir()
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    assert os.readlink(tmp_path / "hf") == "disk/hf"
+    assert check_manifest(tmp_path / "disk/hf") == 3
+
+
 # Interrupted and failed runs
 
 

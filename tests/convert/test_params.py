@@ -131,7 +131,7 @@ def test_features_set_to_null_are_ignored() -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}}, "yarn parameters"),
         ({"layer_types": ["full_attention"]}, "layers that differ"),
-        ({"hidden_size": None}, "dim must be"),
+        ({"hidden_size": None}, r"config\.json: hidden_size must be"),
     ],
 )
 def test_what_the_raw_format_cannot_express_is_refused(change: dict[str, Any], message: str) -> None:

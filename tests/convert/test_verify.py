@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from mistral_hf.compatibility import CheckpointError
 from mistral_hf.convert import params as params_module
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.verify import verify
 from tests.helpers.checkpoint_files import read_json
 from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw
+from tests.helpers.tokenizer_files import REAL
 
 
 def outcomes(a: Path, b: Path, **options: Any) -> dict[str, bool | None]:
@@ -128,3 +131,28 @@ def test_the_table_of_published_models_gives_a_missing_rope_theta(
     monkeypatch.setattr(params_module, "KNOWN_MODELS", known)
     a, b = (write_without(tmp_path / name, COMMON, "rope_theta") for name in "ab")
     assert outcomes(a, b)["logits"] is True
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused_by_name(tmp_path: Path) -> None:
+    raw, hf = converted(tmp_path)
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"hf lacks 1 tensors, model\.norm\.weight"):
+        list(verify(raw, hf))
+
+
+def test_a_tokenizer_with_more_ids_than_the_vocabulary_leaves_the_logits_out(tmp_path: Path) -> None:
+    a, b = (write_raw(tmp_path / name, COMMON, raw_tensors(COMMON)) for name in "ab")
+    for folder in (a, b):
+        shutil.copyfile(REAL["v3"], folder / REAL["v3"].name)
+    check = next(check for check in verify(a, b) if check.name == "logits")
+    assert (check.ok, check.detail) == (None, "the tokenizer has ids beyond the vocabulary of 80 tokens")
+
+
+def test_a_folder_that_the_library_cannot_load_is_named(tmp_path: Path) -> None:
+    raw, hf = converted(tmp_path)
+    config = read_json(hf / "config.json")
+    (hf / "config.json").write_text(json.dumps({**config, "use_cache": "yes"}))
+    with pytest.raises(CheckpointError, match=r"hf cannot be loaded by transformers: .*use_cache"):
+        list(verify(raw, hf))

@@ -159,10 +159,30 @@ def test_a_static_layer_refuses_overflows_and_crops() -> None:
     with pytest.raises(ValueError, match=r"9 tokens do not fit a static cache of 8"):
         layer.update(states([0], 0, 9), states([0], 0, 9))
     layer.crop(0)
-    with pytest.raises(ValueError, match="crop"):
-        layer.crop(-1)
+    for count in (-1, 1):
+        with pytest.raises(ValueError, match=rf"crop\({count}\) is not possible with 0 tokens stored"):
+            layer.crop(count)
+    wrapping = StaticRollingLayer(8, 4)
+    wrapping.update(states([0], 0, 5), states([0], 0, 5))
+    assert not wrapping.is_croppable
+    with pytest.raises(ValueError, match="overwritten at its window of 4"):
+        wrapping.crop(-1)
     with pytest.raises(ValueError, match="max_cache_len=0"):
         RollingCache(MistralConfig(num_hidden_layers=1), max_cache_len=0)
+
+
+@pytest.mark.parametrize("window", [None, 12, 16])
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_a_static_layer_continues_after_a_crop_as_if_the_tokens_had_never_been_added(
+    window: int | None, count: int
+) -> None:
+    model = ListModel(StaticRollingLayer(32, window, shown=12), window, [1, 2])
+    assert model.layer.is_croppable
+    model.update(8)
+    model.layer.crop(-count)
+    model.length -= count
+    for new in (1, 3, 1):
+        model.update(new)
 
 
 def test_reordering_a_static_layer_keeps_its_address() -> None:

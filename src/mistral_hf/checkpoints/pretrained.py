@@ -150,7 +150,7 @@ def save_folder(
     fields = {**config.to_dict(), "architectures": [architecture], "dtype": dtype}
     fields.pop("_name_or_path", None)
     needs = sum(tensor.info.nbytes for tensor in tensors)
-    with atomic_folder(folder, overwrite=True, marks=("config.json",), needs_bytes=needs) as work:
+    with atomic_folder(folder, check_replaceable=_check_hf_folder, needs_bytes=needs) as work:
         digests = write_checkpoint(work, tensors, max_shard_size=max_shard_size)
         (work / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         if generation_config is not None:
@@ -158,6 +158,15 @@ def save_folder(
         _keep_other_files(Path(folder), work)
         if (Path(folder) / MANIFEST).is_file():
             write_manifest(work, digests)
+
+
+def _check_hf_folder(folder: Path) -> None:
+    """Raise unless a folder holds a checkpoint in the Hugging Face format; its other files are kept."""
+    if not (folder / "config.json").is_file():
+        raise FileExistsError(
+            f"{folder} is not a checkpoint in the Hugging Face format (it holds no config.json), so it is not replaced:"
+            " remove it yourself, or save to another folder."
+        )
 
 
 def _keep_other_files(old: Path, new: Path) -> None:

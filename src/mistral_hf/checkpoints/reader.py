@@ -9,19 +9,20 @@ Tensors are NumPy arrays (bfloat16 through ``ml_dtypes``); PyTorch is imported o
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from ..compatibility import CheckpointError
+from .json_file import check_regular_file, parse_json, read_json
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -45,6 +46,7 @@ DTYPES = {  # names of a safetensors header, with those of NumPy and ml_dtypes
 }
 
 _MAX_HEADER = 100_000_000  # bytes
+_MAX_AXES = 8  # of a tensor
 _CHUNK = 1 << 22  # bytes of a piece of `stream`
 
 
@@ -69,21 +71,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """The NumPy dtype of a name; bfloat16 and the 8-bit floats come from ``ml_dtypes``.
 
     Raises:
-        ImportError: The dtype needs ``ml_dtypes``, which is not installed.
         CheckpointError: There is no such dtype.
     """
-    with suppress(TypeError):
-        return np.dtype(name)
     try:
-        import ml_dtypes
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"Tensors in {name} need ml_dtypes, which is not installed: pip install 'mistral_hf[convert]' brings it."
-        ) from error
-    if not hasattr(ml_dtypes, name):
-        raise CheckpointError(f"The dtype {name!r} is not supported: save the checkpoint in another one.")
-    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-    return dtype
+        return np.dtype(getattr(ml_dtypes, name, name))
+    except TypeError as error:
+        raise CheckpointError(f"The dtype {name!r} is not supported: save the checkpoint in another one.") from error
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -122,22 +115,18 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
+        check_regular_file(path)
         self.path = path
-        self._file = path.open("rb")
         self._buffers = [bytearray(), bytearray()]
-        try:
-            header, self._start = _read_header(self._file, path)
-        except BaseException:
-            self._file.close()
-            raise
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items()}
-        self.infos = {name: TensorInfo(DTYPES[e["dtype"]], tuple(e["shape"])) for name, e in header.items()}
+        with ExitStack() as on_error:
+            self._file = on_error.enter_context(path.open("rb"))
+            self.infos, self._offsets = _read_header(self._file, path)
+            on_error.pop_all()
 
     def read(self, name: str) -> Array:
         info = self.infos[name]
         array = np.empty(info.nbytes, np.uint8)
-        self._file.seek(self._start + self._offsets[name])
+        self._file.seek(self._offsets[name])
         if self._file.readinto(array.data) != info.nbytes:
             raise CheckpointError(f"{self.path} ended while {name} was read: it is truncated; copy it again.")
         return array.view(numpy_dtype(info.dtype)).reshape(info.shape)
@@ -145,7 +134,7 @@ class SafetensorsFile:
     def stream(self, name: str) -> Iterator[memoryview]:
         if not self._buffers[0]:
             self._buffers = [bytearray(_CHUNK), bytearray(_CHUNK)]
-        left, position = self.infos[name].nbytes, self._start + self._offsets[name]
+        left, position = self.infos[name].nbytes, self._offsets[name]
         while left:
             self._buffers.reverse()
             chunk = memoryview(self._buffers[0])[: min(left, _CHUNK)]
@@ -159,38 +148,55 @@ class SafetensorsFile:
         self._file.close()
 
 
-def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the offset of its data, checked against the file's size."""
+def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """The tensors of a safetensors file and the offsets of their bytes in it, checked against the file's size."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 0 < length <= min(size - 8, _MAX_HEADER):
         raise CheckpointError(f"{path} is not a safetensors file, or its header is truncated; copy it again.")
-    try:
-        header: dict[str, Any] = json.loads(file.read(length))
-        ends = [_check_entry(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a malformed safetensors header ({error}); copy it again.") from error
-    if 8 + length + max(ends, default=0) != size:
-        expected = 8 + length + max(ends, default=0)
-        raise CheckpointError(f"{path} has {size} bytes, but its header needs {expected}: truncated; copy it again.")
-    return header, 8 + length
+    header = parse_json(file.read(length), f"The header of {path}", "that of a safetensors file")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} has a malformed safetensors header: __metadata__ holds more than text.")
+    entries = {name: _read_entry(path, name, entry) for name, entry in header.items()}
+    end = 8 + length
+    offsets = {}
+    for name, (_, first, last) in sorted(entries.items(), key=lambda item: item[1][1:]):
+        offsets[name] = 8 + length + first
+        if offsets[name] != end:
+            raise CheckpointError(
+                f"{path} has a malformed safetensors header: the values of {name} begin at byte {offsets[name]}, but"
+                f" those before them end at {end}; copy it again."
+            )
+        end = 8 + length + last
+    if end != size:
+        raise CheckpointError(f"{path} has {size} bytes, but its header needs {end}: truncated; copy it again.")
+    return {name: info for name, (info, _, _) in entries.items()}, offsets
 
 
-def _check_entry(name: str, entry: dict[str, Any]) -> int:
-    """Check one tensor's entry in a header and return the end of its data."""
-    start, end = entry["data_offsets"]
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name} has dtype {entry['dtype']!r}, which is not supported")
-    if start < 0 or end - start != TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"])).nbytes:
-        raise ValueError(f"the size of {name} is not that of its shape")
-    return int(end)
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """One tensor's entry in a header: what it is, and where its values begin and end."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [first, last]} if (
+            dtype in DTYPES
+            and len(shape) <= _MAX_AXES
+            and all(type(number) is int and number >= 0 for number in (*shape, first, last))
+        ):
+            info = TensorInfo(DTYPES[dtype], tuple(shape))
+            if last - first == info.nbytes:
+                return info, first, last
+    raise CheckpointError(
+        f"{path} has a malformed safetensors header: the entry of {name:.200} is {entry!r:.200}, which is no supported"
+        " dtype, shape and offsets that agree; copy it again."
+    )
 
 
 class TorchFile:
     """One ``.pth`` file, memory-mapped; only tensors are unpickled, never objects.
 
     Raises:
-        CheckpointError: The file holds more than a dictionary of tensors, is truncated, or cannot be memory-mapped.
+        CheckpointError: The file holds something other than a dictionary of tensors, is truncated, or cannot be
+            memory-mapped.
     """
 
     def __init__(self, path: Path) -> None:
@@ -198,18 +204,24 @@ class TorchFile:
 
         import torch
 
+        check_regular_file(path)
         self.path = path
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
             raise CheckpointError(f"{path} holds more than tensors, so it is refused: use safetensors.") from error
-        except (RuntimeError, ValueError, EOFError, OSError) as error:
+        except Exception as error:  # there is no telling what a damaged file makes the unpickler raise
             raise CheckpointError(
                 f"{path} cannot be memory-mapped ({error}): it is truncated, or in the format of PyTorch < 1.6; copy it"
                 " again, or save it with a newer release."
             ) from error
-        if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
             raise CheckpointError(f"{path} is not a dictionary of tensors: save the model's state_dict.")
+        if wrong := [name for name, tensor in tensors.items() if not _holds_its_values(tensor)]:
+            raise CheckpointError(
+                f"{path} is not a dictionary of tensors: {wrong[0]:.200} is none, or is quantized, sparse, expanded or"
+                " without values; save the model's state_dict."
+            )
         self._tensors: dict[str, Any] = tensors
         self.infos = {k: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for k, t in tensors.items()}
 
@@ -217,7 +229,7 @@ class TorchFile:
         import torch
 
         dtype, shape = self.infos[name]
-        array: Array = self._tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        array: Array = self._tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         return array.view(numpy_dtype(dtype)).reshape(shape)
 
     def stream(self, name: str) -> Iterator[memoryview]:
@@ -225,6 +237,17 @@ class TorchFile:
 
     def close(self) -> None:
         self._tensors.clear()
+
+
+def _holds_its_values(tensor: Any) -> bool:
+    """Whether an object is a plain tensor with as many values as its shape says (an expanded one repeats some)."""
+    import torch
+
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_quantized or tensor.is_neg():
+        return False
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 class TensorParallelFiles:
@@ -237,7 +260,7 @@ class TensorParallelFiles:
         shapes: The shapes of the whole tensors.
 
     Raises:
-        CheckpointError: The ranks hold different tensors, or their parts do not add up to the whole ones.
+        CheckpointError: The ranks hold different tensors or dtypes, or their parts do not add up to the whole ones.
     """
 
     def __init__(self, ranks: Sequence[TorchFile | SafetensorsFile], shapes: Mapping[str, Shape]) -> None:
@@ -252,6 +275,12 @@ class TensorParallelFiles:
                     f"{rank.path} and {ranks[0].path} are not ranks of one model: only one of them has {odd}."
                 )
         for name, info in ranks[0].infos.items():
+            for rank in ranks[1:]:
+                if rank.infos[name].dtype != info.dtype:
+                    raise CheckpointError(
+                        f"{name} is {rank.infos[name].dtype} in {rank.path}, but {info.dtype} in {ranks[0].path}: save"
+                        " all ranks in one dtype."
+                    )
             parts = [rank.infos[name].shape for rank in ranks]
             whole = shapes.get(name, parts[0])
             self._axes[name] = _axis_of(name, parts, whole)
@@ -280,9 +309,10 @@ def _axis_of(name: str, parts: Sequence[Shape], whole: Shape) -> int | None:
     cut = [axis for axis, (part, full) in enumerate(zip(parts[0], whole, strict=False)) if part != full]
     axis = cut[0] if cut else None
     joined = parts[0]
-    if axis is not None:
+    uncut = {(len(part), part[:axis], part[axis + 1 :] if axis is not None else ()) for part in parts}
+    if axis is not None and len(uncut) == 1:
         joined = (*joined[:axis], sum(part[axis] for part in parts), *joined[axis + 1 :])
-    if joined != whole:
+    if joined != whole or len(uncut) > 1:
         raise CheckpointError(
             f"{name}: the shapes {parts} of the ranks do not add up to {whole}: add the missing ones."
         )
@@ -360,9 +390,15 @@ def open_checkpoint(folder: str | Path, stem: str = "model", shapes: Mapping[str
         raise CheckpointError(f"{folder} holds no {single.name}, {index.name} or {stem}.00.pth ({have}).")
     if len(found) > 1:
         raise CheckpointError(f"{folder} holds both {found[0].name} and {found[1].name}: remove one of them.")
-    if ranks:
-        return Checkpoint([_open_ranks(ranks, stem, shapes or {})])
-    return _open_shards(index) if index.exists() else Checkpoint([SafetensorsFile(single)])
+    with ExitStack() as on_error:
+        if ranks:
+            checkpoint = Checkpoint([_open_ranks(ranks, stem, shapes or {})])
+        elif index.exists():
+            checkpoint = _open_shards(index, on_error)
+        else:
+            checkpoint = Checkpoint([SafetensorsFile(single)])
+        on_error.pop_all()
+        return checkpoint
 
 
 def _open_ranks(paths: list[Path], stem: str, shapes: Mapping[str, Shape]) -> _File:
@@ -375,22 +411,21 @@ def _open_ranks(paths: list[Path], stem: str, shapes: Mapping[str, Shape]) -> _F
     return ranks[0] if len(ranks) == 1 else TensorParallelFiles(ranks, shapes)
 
 
-def _open_shards(index: Path) -> Checkpoint:
-    try:
-        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not an index of shards ({error!r}); copy it again.") from error
+def _open_shards(index: Path, on_error: ExitStack) -> Checkpoint:
+    """Open the shards that an index lists; `on_error` closes those that are open if a later one is damaged."""
+    weight_map = read_json(index, "an index of shards").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} is not an index of shards: weight_map does not give file names; copy it again.")
     names = sorted(set(weight_map.values()))
     if bad := [name for name in names if Path(name).name != name]:
-        raise CheckpointError(f"{index} points outside its folder, to {bad[0]!r}: it is refused.")
+        raise CheckpointError(f"{index} points outside its folder, to {bad[0]!r:.200}: it is refused.")
     if missing := [name for name in names if not (index.parent / name).exists()]:
         raise CheckpointError(
             f"{index.parent} lacks the shard {missing[0]} ({len(missing)} of {len(names)} missing): copy it too."
         )
-    files = {name: SafetensorsFile(index.parent / name) for name in names}
+    files = {name: on_error.enter_context(closing(SafetensorsFile(index.parent / name))) for name in names}
     checkpoint = Checkpoint(list(files.values()))
     held = {tensor: name for name, file in files.items() for tensor in file.infos}
     if wrong := sorted(tensor for tensor, _ in held.items() ^ weight_map.items()):
-        checkpoint.close()
         raise CheckpointError(f"{index} is wrong about {wrong[0]}: index and shards do not belong together.")
     return checkpoint

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..compatibility import CheckpointError
+from .json_file import read_json
 from .reader import DTYPES, Array, TensorInfo, as_bytes, numpy_dtype
 
 Progress = Callable[[int, int], None]  # called with (bytes done, bytes in all)
 
 MANIFEST = "manifest.json"
+CONVERSION = "mistral_hf.convert"  # what a manifest calls the maker of a converted folder
 _PAGE = 4096
 _PIECE = 1 << 18  # bytes; larger writes need large free blocks of memory, smaller ones reuse what was just freed
 _CODES = {name: code for code, name in DTYPES.items()}
-# A folder that holds one of these looks like a checkpoint, and may be replaced.
-CHECKPOINT_FILES = ("config.json", "params.json", "adapter_config.json", MANIFEST)
 
 
 class LazyTensor(NamedTuple):
@@ -71,7 +71,8 @@ def write_checkpoint(
 
     Raises:
         ValueError: `max_shard_size` cannot be read.
-        CheckpointError: A tensor has another dtype or shape than announced.
+        CheckpointError: A tensor has another dtype, shape or number of bytes than announced, or a dtype that the
+            format lacks.
     """
     folder = Path(folder)
     shards = _plan_shards(tensors, parse_size(max_shard_size))
@@ -113,6 +114,8 @@ def _write_safetensors(path: Path, tensors: Sequence[LazyTensor], report: Callab
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info, *_ in tensors:
+        if info.dtype not in _CODES:
+            raise CheckpointError(f"{name} is {info.dtype}, which safetensors files cannot hold: give another dtype.")
         start, end = end, end + info.nbytes
         header[name] = {"dtype": _CODES[info.dtype], "shape": list(info.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -136,12 +139,24 @@ def _write_safetensors(path: Path, tensors: Sequence[LazyTensor], report: Callab
 def _chunks(tensors: Sequence[LazyTensor]) -> Iterator[memoryview]:
     for name, info, read, stream in tensors:
         if stream is not None:
-            yield from stream()
+            yield from _exactly(name, info.nbytes, stream())
             continue
         array = read()
         if array.shape != info.shape or array.dtype != numpy_dtype(info.dtype):
             raise CheckpointError(f"{name} was announced as {info}, but is {array.dtype} {array.shape}.")
         yield as_bytes(array).data
+
+
+def _exactly(name: str, nbytes: int, chunks: Iterator[memoryview]) -> Iterator[memoryview]:
+    """Pass on the pieces of a stream that must have `nbytes` in all, as the header says."""
+    left = nbytes
+    for chunk in chunks:
+        left -= len(chunk)
+        if left < 0:
+            break
+        yield chunk
+    if left:
+        raise CheckpointError(f"{name} was announced with {nbytes} bytes, but has {'more' if left < 0 else 'fewer'}.")
 
 
 def _write_all(file: Any, chunk: bytes | memoryview, position: int) -> int:
@@ -174,36 +189,68 @@ def parse_size(size: int | str | None) -> int | None:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def check_new(folder: Path) -> None:
+    """Refuse to replace a folder.
+
+    Raises:
+        FileExistsError: Always.
+    """
+    raise FileExistsError(f"{folder} exists: give another output, or --overwrite to replace what a conversion wrote.")
+
+
+def check_converted(folder: Path) -> None:
+    """Raise unless a conversion wrote a folder, and all that is in it.
+
+    Raises:
+        FileExistsError: The folder has no manifest of a conversion, or holds a file that the manifest does not list.
+    """
+    remedy = "so it is not replaced: remove it yourself, or give another output."
+    try:
+        manifest = _read_manifest(folder)
+    except CheckpointError:
+        manifest = {}
+    if manifest.get("made_by") != CONVERSION:
+        raise FileExistsError(f"{folder} is not the output of a conversion (no {MANIFEST} says so), {remedy}")
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    others = {path.relative_to(folder).as_posix() for path in paths} - manifest["files"].keys() - {MANIFEST}
+    if others:
+        raise FileExistsError(f"{folder} holds {sorted(others)[0]}, which no conversion wrote, {remedy}")
+
+
 @contextmanager
 def atomic_folder(
-    path: str | Path, *, overwrite: bool = False, marks: Sequence[str] = CHECKPOINT_FILES, needs_bytes: int = 0
+    path: str | Path, *, check_replaceable: Callable[[Path], None] = check_new, needs_bytes: int = 0
 ) -> Iterator[Path]:
     """A folder to write into, which takes its name only when the block ends without an error.
 
     Files are written to ``.NAME.incomplete`` beside the target. An error removes that folder; a killed run leaves it,
-    and the next run on the same target clears it. Files are synced to disk before the folder is renamed.
+    and the next run on the same target clears it. Files are synced to disk before the folder is renamed. A target that
+    is a symbolic link stays one: the folder that it points to is written.
 
     Args:
         path: The target.
-        overwrite: Replace a checkpoint folder that is already there.
-        marks: File names, one of which a folder must hold to count as a checkpoint.
+        check_replaceable: Called with the target if that is a folder with something in it; raises an error unless it
+            may be replaced.
         needs_bytes: Free disk space without which nothing is begun.
 
     Yields:
         The temporary folder.
 
     Raises:
-        FileExistsError: The target exists and is not to be replaced, or does not look like a checkpoint.
+        FileExistsError: The target exists and may not be replaced.
         BlockingIOError: Another run is writing the same target.
         OSError: The disk is too small.
     """
-    target = Path(path).absolute()
+    target = Path(os.path.realpath(path))
     work, old = target.with_name(f".{target.name}.incomplete"), target.with_name(f".{target.name}.replaced")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _claim(work, target):
         try:
             _restore(target, old)
-            _check_replaceable(target, overwrite, marks)
+            if os.path.lexists(target) and not target.is_dir():
+                raise FileExistsError(f"{target} is not a folder: give another output.")
+            if target.exists() and any(target.iterdir()):
+                check_replaceable(target)
             free = shutil.disk_usage(target.parent).free
             if free < needs_bytes:
                 have, need = f"{free / 1e9:.1f} GB free", f"{needs_bytes / 1e9:.1f} GB"
@@ -245,18 +292,6 @@ def _restore(target: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(target: Path, overwrite: bool, marks: Sequence[str]) -> None:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not any((target / name).is_file() for name in marks):
-        raise FileExistsError(
-            f"{target} does not look like a checkpoint (it holds no {' or '.join(marks)}), so it is not replaced:"
-            " remove it yourself, or give another output."
-        )
-    if not overwrite:
-        raise FileExistsError(f"{target} exists: give another output, or --overwrite to replace it.")
-
-
 def _sync(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         if not path.is_symlink() and (path.is_file() or path.is_dir()):
@@ -288,12 +323,13 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -> None:
+def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None, made_by: str | None = None) -> None:
     """Write ``manifest.json``: the size and SHA-256 of every file in a folder.
 
     Args:
         folder: The finished folder.
         known: Checksums that need not be computed again, by file name relative to the folder.
+        made_by: What wrote all of these files; see `check_converted`.
     """
     known = known or {}
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
@@ -302,7 +338,8 @@ def write_manifest(folder: str | Path, known: Mapping[str, str] | None = None) -
         for name, path in paths.items()
         if name != MANIFEST
     }
-    (Path(folder) / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", "utf-8")
+    content = {"files": files} if made_by is None else {"made_by": made_by, "files": files}
+    (Path(folder) / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 def check_manifest(folder: str | Path) -> int:
@@ -315,7 +352,7 @@ def check_manifest(folder: str | Path) -> int:
         ValueError: A file is missing or differs; the message names it.
     """
     folder = Path(folder)
-    files = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
+    files = _read_manifest(folder)["files"]
     for name, entry in files.items():
         path = folder / name
         if not path.is_file():
@@ -323,3 +360,13 @@ def check_manifest(folder: str | Path) -> int:
         if path.stat().st_size != entry["size"] or file_sha256(path) != entry["sha256"]:
             raise ValueError(f"{path} is not the file that {MANIFEST} lists: copy or convert it again.")
     return len(files)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_json(folder / MANIFEST, "a manifest")
+    match manifest.get("files"):
+        case dict(files) if all(
+            isinstance(entry, dict) and {"size", "sha256"} <= entry.keys() for entry in files.values()
+        ):
+            return manifest
+    raise CheckpointError(f"{folder / MANIFEST} is not a manifest: files does not give sizes and checksums.")

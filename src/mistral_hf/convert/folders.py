@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..checkpoints.reader import Array, Checkpoint, TensorInfo, numpy_dtype, open_checkpoint, same_bits
-from ..checkpoints.writer import LazyTensor, Progress, atomic_folder, write_checkpoint, write_manifest
+from ..checkpoints.json_file import read_json
+from ..checkpoints.reader import Array, Checkpoint, Shape, TensorInfo, numpy_dtype, open_checkpoint, same_bits
+from ..checkpoints.writer import (
+    CONVERSION,
+    LazyTensor,
+    Progress,
+    atomic_folder,
+    check_converted,
+    check_new,
+    write_checkpoint,
+    write_manifest,
+)
 from ..compatibility import CheckpointError
 from .lora import lora_config_to_peft, peft_config_to_lora
 from .params import Params, complete_params, config_to_params, normalize_params, params_to_config
@@ -88,13 +99,13 @@ def convert_raw_to_hf(
         max_position_embeddings: For a ``params.json`` that does not give it, or to override it.
         rope_theta: For a ``params.json`` that does not give it.
         tokenizer_version: Such as ``"v3"``, for a ``tokenizer.model`` whose name does not give it.
-        overwrite: Replace an existing output.
+        overwrite: Replace a folder that a conversion wrote, if nothing else is in it.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
         ValueError: The input is not a dense Mistral text model, is damaged, or leaves out a value that is not known; or
             an option does not apply to an adapter.
-        FileExistsError: The output exists.
+        FileExistsError: The output exists, and is not to be replaced or holds other files.
     """
     source = _check_folders(input_dir, output_dir)
     if is_adapter(source):
@@ -107,11 +118,11 @@ def convert_raw_to_hf(
         )
         return _raw_adapter_to_peft(source, _Output(output_dir, dtype, None, overwrite, progress))
     output = _Output(output_dir, dtype, SHARD_SIZE if max_shard_size is None else max_shard_size, overwrite, progress)
-    params = normalize_params(_read_json(source / "params.json"))
+    params = normalize_params(read_json(source / "params.json"))
     params, notes = complete_params(params, max_position_embeddings, rope_theta)
     shapes = raw_shapes(params)
     with open_checkpoint(source, "consolidated", shapes) as checkpoint:
-        repeated = _check_model(checkpoint, shapes, params, "output.weight")
+        repeated = check_model(checkpoint, shapes, params, "output.weight", str(source))
         tensors = [_translated(checkpoint, raw, RAW_TO_HF.to_target(raw), raw_to_hf, params, dtype) for raw in shapes]
         config = params_to_config(params, _main_dtype(tensors))
         tokenizer = find_raw_tokenizer(source)
@@ -142,23 +153,23 @@ def convert_hf_to_raw(
             ``consolidated.safetensors`` (``lora.safetensors`` for an adapter).
         dtype: One of `DTYPES`; None keeps every bit.
         max_shard_size: None, as readers of the raw format expect, for one file; an adapter is always one file.
-        overwrite: Replace an existing output.
+        overwrite: Replace a folder that a conversion wrote, if nothing else is in it.
         progress: Called with (bytes done, bytes in all).
 
     Raises:
         ValueError: The input is not a dense Mistral model, is damaged, or has something that the raw format cannot
             express; or an option does not apply to an adapter.
-        FileExistsError: The output exists.
+        FileExistsError: The output exists, and is not to be replaced or holds other files.
     """
     source = _check_folders(input_dir, output_dir)
     output = _Output(output_dir, dtype, max_shard_size, overwrite, progress)
     if is_adapter(source):
         _check_adapter_options(source, max_shard_size=max_shard_size)
         return _peft_adapter_to_raw(source, output)
-    params = config_to_params(_read_json(source / "config.json"))
+    params = config_to_params(read_json(source / "config.json"))
     shapes = hf_shapes(params)
     with open_checkpoint(source, "model") as checkpoint:
-        repeated = _check_model(checkpoint, shapes, params, "lm_head.weight")
+        repeated = check_model(checkpoint, shapes, params, "lm_head.weight", str(source))
         tensors = [_translated(checkpoint, hf, RAW_TO_HF.to_source(hf), hf_to_raw, params, dtype) for hf in shapes]
         tokenizer = find_raw_tokenizer(source)
         missing = [] if tokenizer else ["no tokenizer: a raw folder needs the original tekken.json or tokenizer.model"]
@@ -190,18 +201,19 @@ class _Output:
     ) -> Conversion:
         """Write the other files, the weights under the name `stem`, and the manifest."""
         nbytes = sum(tensor.info.nbytes for tensor in tensors)
-        with atomic_folder(self.folder, overwrite=self.overwrite, needs_bytes=nbytes + _SPARE_BYTES) as folder:
+        check = check_converted if self.overwrite else check_new
+        with atomic_folder(self.folder, check_replaceable=check, needs_bytes=nbytes + _SPARE_BYTES) as folder:
             write_rest(folder)  # first, since it may find errors and weights take long
             digests = write_checkpoint(
                 folder, tensors, stem=stem, max_shard_size=self.max_shard_size, progress=self.progress
             )
-            write_manifest(folder, digests)
+            write_manifest(folder, digests, CONVERSION)
         return Conversion(Path(self.folder), len(tensors), nbytes, list(notes))
 
 
 def _raw_adapter_to_peft(source: Path, output: _Output) -> Conversion:
     """Convert ``lora.safetensors`` and ``params.json`` to ``adapter_model.safetensors`` and ``adapter_config.json``."""
-    given = _read_json(source / "params.json")
+    given = read_json(source / "params.json")
     params = normalize_params(given)
     with open_checkpoint(source, "lora") as checkpoint:
         names = {raw: LORA_TO_PEFT.to_target(raw) for raw in checkpoint}
@@ -215,7 +227,7 @@ def _raw_adapter_to_peft(source: Path, output: _Output) -> Conversion:
 
 def _peft_adapter_to_raw(source: Path, output: _Output) -> Conversion:
     """Convert ``adapter_model.safetensors`` and ``adapter_config.json`` to ``lora.safetensors`` and ``params.json``."""
-    config = _read_json(source / "adapter_config.json")
+    config = read_json(source / "adapter_config.json")
     params = _base_params(source, config)
     with open_checkpoint(source, "adapter_model") as checkpoint:
         names = {peft: LORA_TO_PEFT.to_source(peft) for peft in checkpoint}
@@ -245,15 +257,18 @@ def _without_nulls(params: Params) -> Params:
 def _base_params(source: Path, adapter: dict[str, Any]) -> Params:
     """The params of the base model that a PEFT adapter names; the way back needs its head counts."""
     base = adapter.get("base_model_name_or_path")
-    for candidate in (source / "config.json", Path(str(base)) / "config.json"):
-        if candidate.is_file():
-            return config_to_params(_read_json(candidate))
-    raise ValueError(f"{source}: the head counts are unknown. Put the config.json of the base model ({base}) into it.")
+    folders = (source, Path(base)) if isinstance(base, str) else (source,)
+    for folder in folders:
+        if (folder / "config.json").exists():
+            return config_to_params(read_json(folder / "config.json"))
+    raise ValueError(
+        f"{source}: the head counts are unknown. Put the config.json of the base model ({base!r:.200}) into it."
+    )
 
 
 def _check_folders(input_dir: str | Path, output_dir: str | Path) -> Path:
     """Check that the input is a folder that the output would not replace, and return its path."""
-    source, target = Path(input_dir).resolve(), Path(output_dir).resolve()
+    source, target = Path(os.path.realpath(input_dir)), Path(os.path.realpath(output_dir))
     if not source.is_dir():
         raise FileNotFoundError(f"{input_dir} is not a folder: give one that holds a checkpoint.")
     if target == source or target in source.parents:
@@ -267,33 +282,37 @@ def _check_adapter_options(source: Path, **options: Any) -> None:
         raise ValueError(f"{source} is an adapter: leave out {', '.join(given)}, which only whole models have.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} lacks {path.name}: give a folder that holds it.")
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): copy it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object: copy it again.")
-    return content
-
-
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def _check_model(checkpoint: Checkpoint, expected: dict[str, Any], params: Params, head: str) -> list[str]:
-    """Check names and shapes, and return notes; a head beside tied embeddings passes if it repeats them exactly."""
+def check_model(
+    checkpoint: Checkpoint, expected: Mapping[str, Shape], params: Params, head: str, where: str
+) -> list[str]:
+    """Check that a checkpoint holds a whole model; a head beside tied embeddings passes if it repeats them exactly.
+
+    Args:
+        checkpoint: The open checkpoint.
+        expected: The shape of every tensor, the input embeddings first.
+        params: From `normalize_params`.
+        head: The name of the head.
+        where: Names the checkpoint in an error, as the first words of a sentence.
+
+    Returns:
+        A note for each tensor that is to be left out.
+
+    Raises:
+        ValueError: A tensor is unknown, missing, or of another shape.
+    """
     found, notes = checkpoint.shapes, []
     if params["tied_embeddings"] and head in found:
         if not same_bits(checkpoint.read(head), checkpoint.read(next(iter(expected)))):
             raise CheckpointError(
-                f"The embeddings are tied, but {head} has other values: untie them in the configuration."
+                f"{where}: the embeddings are tied, but {head} has other values: untie them in the configuration."
             )
         del found[head]
         notes.append(f"{head} left out: it repeats the tied embeddings")
-    check_tensors(found, expected, "The checkpoint")
+    check_tensors(found, expected, where)
     return notes
 
 

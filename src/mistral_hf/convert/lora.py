@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from .params import Fields
 from .tensors import LORA_TO_PEFT
 
 # The settings of a plain LoRA, the only kind that has a raw form.
@@ -27,24 +28,31 @@ def lora_config_to_peft(params: dict[str, Any], rank: int, raw_names: Iterable[s
     Raises:
         ValueError: The block is missing or contradicts the tensors.
     """
-    lora = params.get("lora")
-    if not isinstance(lora, dict) or "scaling" not in lora:
+    lora = Fields("params.json: ", params).inner("lora")
+    if lora is None or "scaling" not in lora:
         raise ValueError("params.json has no 'lora' block with 'scaling', the strength of the adapter: add it.")
-    if lora.get("rank", rank) != rank:
-        raise ValueError(f"params.json has lora rank {lora['rank']}, but the tensors have rank {rank}.")
+    if "rank" in lora and lora.whole("rank") != rank:
+        raise ValueError(f"params.json has lora rank {lora.whole('rank')}, but the tensors have rank {rank}.")
     modules = sorted({LORA_TO_PEFT.to_target(name).split(".")[-3] for name in raw_names})
-    alpha = float(lora["scaling"]) * rank
+    alpha = lora.number("scaling") * rank
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "lora_dropout": float(lora.get("dropout", 0.0)),
+        "lora_dropout": _dropout(lora, "dropout"),
         "target_modules": modules,
         "inference_mode": True,
         **_PLAIN_LORA,
     }
+
+
+def _dropout(fields: Fields, field: str) -> float:
+    dropout = fields.number(field) if field in fields else 0.0
+    if not 0 <= dropout < 1:
+        raise fields.error(field, "must lie in [0, 1)")
+    return dropout
 
 
 def peft_config_to_lora(config: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -53,14 +61,16 @@ def peft_config_to_lora(config: dict[str, Any], rank: int) -> dict[str, Any]:
     Raises:
         ValueError: The adapter is not a plain LoRA of one rank.
     """
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"adapter_config.json has peft_type={config.get('peft_type')!r}: only 'LORA' has a raw form.")
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ValueError(f"adapter_config.json has peft_type={kind!r:.200}: only 'LORA' has a raw form.")
     for field, value in _PLAIN_LORA.items():
-        if config.get(field, value) != value:
-            raise ValueError(f"adapter_config.json has {field}={config[field]!r}: only {value!r} has a raw form.")
+        if (given := config.get(field, value)) != value:
+            raise ValueError(f"adapter_config.json has {field}={given!r:.200}: only {value!r} has a raw form.")
     for field in ("rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices"):
-        if config.get(field):
-            raise ValueError(f"adapter_config.json has {field}={config[field]!r}, which has no raw form.")
-    if config.get("r") != rank:
-        raise ValueError(f"adapter_config.json has rank {config.get('r')}, but the tensors have rank {rank}.")
-    return {"rank": rank, "scaling": config["lora_alpha"] / rank, "dropout": config.get("lora_dropout", 0.0)}
+        if given := config.get(field):
+            raise ValueError(f"adapter_config.json has {field}={given!r:.200}, which has no raw form.")
+    fields = Fields("adapter_config.json: ", config)
+    if fields.whole("r") != rank:
+        raise ValueError(f"adapter_config.json has rank {fields.whole('r')}, but the tensors have rank {rank}.")
+    alpha = fields.number("lora_alpha")
+    return {"rank": rank, "scaling": alpha / rank, "dropout": _dropout(fields, "lora_dropout")}

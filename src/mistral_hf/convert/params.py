@@ -5,10 +5,14 @@ Nothing is guessed: a value that ``params.json`` leaves out comes from `KNOWN_MO
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 Params = dict[str, Any]
 Config = dict[str, Any]
+
+_MOST_LAYERS = 10_000  # bounds the work that a small file can ask for before the weights are looked at
+_FLOAT32 = 2.0**128  # numbers from here on are infinite in float32
 
 # Fields of ``params.json`` that have one counterpart in ``config.json``.
 FIELDS = (
@@ -49,6 +53,67 @@ _REFUSED = {
 }
 
 _WITHOUT_EFFECT = {"max_batch_size", "lora"}
+
+
+class Fields:
+    """The fields of a JSON object, read by type; a null counts as absent.
+
+    Args:
+        where: Names the object in an error, such as ``"params.json: yarn."``; the name of a field follows.
+        content: The object.
+        names: The spelling of fields in the file, if it is another than here.
+
+    Raises:
+        ValueError: From each method: the value is of another type or out of range; the message names file, field and
+            value.
+    """
+
+    def __init__(self, where: str, content: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
+        self.where, self.names = where, names or {}
+        self.values = {field: value for field, value in content.items() if value is not None}
+
+    def __contains__(self, field: str) -> bool:
+        return field in self.values
+
+    def whole(self, field: str, *, below: int = 2**63) -> int:
+        """A positive whole number."""
+        value = self.values.get(field)
+        if type(value) is not int or not 1 <= value < below:
+            limit = "" if below == 2**63 else f" below {below}"
+            raise self.error(field, f"must be a positive whole number{limit}")
+        return value
+
+    def number(self, field: str) -> float:
+        """A number that is finite in float32."""
+        value: Any = self.values.get(field)
+        if type(value) not in (int, float) or not abs(value) < _FLOAT32:
+            raise self.error(field, "must be a finite number")
+        return float(value)
+
+    def positive(self, field: str) -> float:
+        """A positive number that is finite in float32."""
+        value: Any = self.values.get(field)
+        if type(value) not in (int, float) or not 0 < value < _FLOAT32:
+            raise self.error(field, "must be a positive number, and finite")
+        return float(value)
+
+    def flag(self, field: str, default: bool) -> bool:
+        """True or false."""
+        value = self.values.get(field, default)
+        if type(value) is not bool:
+            raise self.error(field, "must be true or false")
+        return value
+
+    def inner(self, field: str, names: Mapping[str, str] | None = None) -> Fields | None:
+        """The fields of an object within this one; None if it is absent or empty."""
+        value = self.values.get(field, {})
+        if not isinstance(value, dict):
+            raise self.error(field, "must be an object")
+        return Fields(f"{self.where}{self.names.get(field, field)}.", value, names) if value else None
+
+    def error(self, field: str, rule: str) -> ValueError:
+        """An error about a field that breaks a rule."""
+        return ValueError(f"{self.where}{self.names.get(field, field)} {rule}, got {self.values.get(field)!r:.200}.")
 
 
 class KnownModel(NamedTuple):
@@ -95,25 +160,29 @@ def normalize_params(params: Params) -> Params:
     Raises:
         ValueError: The model is not a dense Mistral text model, a field is unknown, or a value is out of range.
     """
-    given = {key: value for key, value in params.items() if value is not None}
-    _check_kind(given)
-    given.setdefault("n_kv_heads", given.get("n_heads"))
-    if "head_dim" not in given and given.get("dim") and given.get("n_heads"):
-        given["head_dim"] = given["dim"] // given["n_heads"]
-    normal: Params = {field: _size(given, field) for field in _SIZES}
-    heads, kv_heads = normal["n_heads"], normal["n_kv_heads"]
-    if heads % kv_heads:
-        raise ValueError(f"params.json: n_heads={heads} is not a multiple of n_kv_heads={kv_heads}.")
+    return _normalized(Fields("params.json: ", params))
+
+
+def _normalized(given: Fields) -> Params:
+    _check_kind(given.values)
+    if "n_kv_heads" not in given:
+        given.values["n_kv_heads"] = given.whole("n_heads")
+    if "head_dim" not in given:
+        given.values["head_dim"] = given.whole("dim") // given.whole("n_heads")
+    normal: Params = {field: given.whole(field) for field in _SIZES if field != "n_layers"}
+    normal["n_layers"] = given.whole("n_layers", below=_MOST_LAYERS)
+    if normal["n_heads"] % normal["n_kv_heads"]:
+        raise given.error("n_heads", f"is not a multiple of n_kv_heads={normal['n_kv_heads']}")
     if normal["head_dim"] % 2:
-        raise ValueError(f"params.json: head_dim={normal['head_dim']} is odd, so it has no rotary pairs.")
-    normal["norm_eps"] = _positive(given, "norm_eps")
-    normal["tied_embeddings"] = bool(given.get("tied_embeddings", False))
-    normal["rope_theta"] = _positive(given, "rope_theta") if "rope_theta" in given else None
+        raise given.error("head_dim", "is odd, so it has no rotary pairs")
+    normal["norm_eps"] = given.positive("norm_eps")
+    normal["tied_embeddings"] = given.flag("tied_embeddings", False)
+    normal["rope_theta"] = given.positive("rope_theta") if "rope_theta" in given else None
     length = "max_seq_len" if "max_seq_len" in given else "max_position_embeddings"
-    normal["max_seq_len"] = _size(given, length) if length in given else None
+    normal["max_seq_len"] = given.whole(length) if length in given else None
     normal["sliding_window"] = _window(given, normal["n_layers"])
-    normal["yarn"] = given.get("yarn") or None
-    normal["llama_4_scaling"] = given.get("llama_4_scaling") or None
+    normal["yarn"] = _yarn(given, normal["rope_theta"])
+    normal["llama_4_scaling"] = _query_scaling(given)
     return normal
 
 
@@ -132,37 +201,62 @@ def _check_kind(given: Params) -> None:
         if given.get(field):
             raise ValueError(f"params.json describes {what} (field {field!r}), not a dense Mistral text model.")
     for field, value in _REQUIRED_VALUES.items():
-        if given.get(field, value) != value:
-            raise ValueError(f"params.json has {field}={given[field]!r}; a dense Mistral text model has {value!r}.")
-    unknown = sorted(field for field in given.keys() - _KNOWN_FIELDS - _REFUSED.keys() if given[field])
+        if (found := given.get(field, value)) != value:
+            raise ValueError(f"params.json has {field}={found!r:.200}; a dense Mistral text model has {value!r}.")
+    unknown = [field for field in given.keys() - _KNOWN_FIELDS - _REFUSED.keys() if given[field]]
     if unknown:
-        raise ValueError(f"params.json has fields that no dense Mistral text model has: {', '.join(unknown)}.")
+        raise ValueError(f"params.json has fields that no dense Mistral text model has: {_listed(unknown)}.")
 
 
-def _size(given: Params, field: str) -> int:
-    value = given.get(field)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"params.json: {field} must be a positive whole number, got {value!r}.")
-    return value
+def _listed(names: Iterable[str]) -> str:
+    return f"{', '.join(sorted(names)):.400}"
 
 
-def _positive(given: Params, field: str) -> float:
-    value = given.get(field)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-        raise ValueError(f"params.json: {field} must be a positive number, got {value!r}.")
-    return float(value)
-
-
-def _window(given: Params, n_layers: int) -> int | list[int | None] | None:
+def _window(given: Fields, n_layers: int) -> int | list[int | None] | None:
     """The window of all layers, or a list with the window of each layer if they differ. Absent means null."""
-    window = given.get("sliding_window", given.get("_sliding_window"))
+    field = "sliding_window" if "sliding_window" in given else "_sliding_window"
+    window = given.values.get(field)
     pattern = window if isinstance(window, list) else [window]
+    fits = bool(pattern) and n_layers % len(pattern) == 0 and all(w in (None, "None") or _is_size(w) for w in pattern)
+    if not fits:
+        where = f"{given.where}{field}={window!r:.200}"
+        raise ValueError(f"{where} is neither a size nor a pattern that fits {n_layers} layers.")
     windows = [None if w in (None, "None") else int(w) for w in pattern]
-    if not windows or n_layers % len(windows) or any(w is not None and w < 1 for w in windows):
-        raise ValueError(
-            f"params.json: sliding_window={window!r} is neither a size nor a pattern that fits {n_layers} layers."
-        )
     return windows[0] if len(set(windows)) == 1 else windows * (n_layers // len(windows))
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a positive whole number, or text that says one."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) < 19:
+        value = int(value)
+    return type(value) is int and value >= 1
+
+
+def _yarn(given: Fields, rope_theta: float | None) -> Params | None:
+    """The ``yarn`` field with all of its parts, checked."""
+    yarn = given.inner("yarn", dict(_YARN_FIELDS) if given.names else None)
+    if yarn is None:
+        return None
+    leftover = yarn.values.keys() - {raw for raw, _ in _YARN_FIELDS} - {"apply_scale"}
+    missing = {raw for raw, _ in _YARN_FIELDS} - yarn.values.keys()
+    if leftover or missing:
+        raise ValueError(f"{yarn.where[:-1]} has unknown fields [{_listed(leftover)}] and lacks [{_listed(missing)}].")
+    if rope_theta is not None and rope_theta <= 1:
+        raise given.error("rope_theta", "must be more than 1 with yarn")
+    return {
+        "original_max_position_embeddings": yarn.whole("original_max_position_embeddings"),
+        **{field: yarn.positive(field) for field in ("factor", "beta", "alpha")},
+        "apply_scale": yarn.flag("apply_scale", True),
+    }
+
+
+def _query_scaling(given: Fields) -> Params | None:
+    """The ``llama_4_scaling`` field, checked."""
+    scaling = given.inner("llama_4_scaling", {"beta": "llama_4_scaling_beta"} if given.names else None)
+    if scaling is None:
+        return None
+    original = scaling.whole("original_max_position_embeddings")
+    return {"original_max_position_embeddings": original, "beta": scaling.positive("beta")}
 
 
 def find_known_model(params: Params) -> KnownModel | None:
@@ -196,16 +290,17 @@ def complete_params(
     """
     full = dict(params)
     notes: list[str] = []
+    options = Fields("The option ", {"max_position_embeddings": max_position_embeddings, "rope_theta": rope_theta})
     if rope_theta is not None:
-        if params["rope_theta"] not in (None, rope_theta):
+        full["rope_theta"] = options.positive("rope_theta")
+        if params["rope_theta"] not in (None, full["rope_theta"]):
             raise ValueError(f"rope_theta={rope_theta} contradicts params.json, which has {params['rope_theta']}.")
-        full["rope_theta"] = float(rope_theta)
     known = find_known_model(full)
     if full["rope_theta"] is None:
         full["rope_theta"], note = _looked_up(known, "rope_theta")
         notes.append(note)
     if max_position_embeddings is not None:
-        full["max_seq_len"] = _size({"max_position_embeddings": max_position_embeddings}, "max_position_embeddings")
+        full["max_seq_len"] = options.whole("max_position_embeddings")
         notes.append(f"max_position_embeddings = {max_position_embeddings}: as given")
     elif params["max_seq_len"] is None:
         full["max_seq_len"], note = _looked_up(known, "max_position_embeddings")
@@ -253,7 +348,7 @@ def params_to_config(params: Params, dtype: str) -> Config:
         The content of ``config.json``.
 
     Raises:
-        ValueError: The yarn settings are incomplete or unknown, or do not go with the scaling of the queries.
+        ValueError: The yarn settings do not go with the scaling of the queries.
     """
     config: Config = {
         "architectures": ["MistralForCausalLM"],
@@ -275,22 +370,15 @@ def params_to_config(params: Params, dtype: str) -> Config:
         rope = config.pop("rope_scaling", None)
         if rope is None or rope["original_max_position_embeddings"] != scaling["original_max_position_embeddings"]:
             raise ValueError(f"params.json: llama_4_scaling={scaling} needs yarn with the same original positions.")
-        rope |= {"rope_theta": config.pop("rope_theta"), "llama_4_scaling_beta": float(scaling["beta"])}
+        rope |= {"rope_theta": config.pop("rope_theta"), "llama_4_scaling_beta": scaling["beta"]}
         config |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_parameters": rope}
     return config
 
 
 def _yarn_to_rope(yarn: Params) -> Config:
     """Hugging Face rope parameters for the ``yarn`` field of the raw format."""
-    leftover = sorted(yarn.keys() - {raw for raw, _ in _YARN_FIELDS} - {"apply_scale"})
-    missing = sorted({raw for raw, _ in _YARN_FIELDS} - yarn.keys())
-    if leftover or missing:
-        raise ValueError(f"params.json: yarn has unknown fields {leftover} and lacks {missing}.")
     rope: Config = {"rope_type": "yarn", **{hf: yarn[raw] for raw, hf in _YARN_FIELDS}}
-    rope |= {field: float(rope[field]) for field in ("factor", "beta_fast", "beta_slow")}
-    if not yarn.get("apply_scale", True):
-        rope["attention_factor"] = 1.0
-    return rope
+    return rope if yarn["apply_scale"] else rope | {"attention_factor": 1.0}
 
 
 # Fields of ``config.json`` that must be absent, empty or false.
@@ -310,20 +398,22 @@ def config_to_params(config: Config) -> Params:
     """
     model_type = config.get("model_type")
     if model_type not in ("mistral", "ministral3"):
-        raise ValueError(f"config.json has model_type={model_type!r}: only 'mistral' has a raw format here.")
+        raise ValueError(f"config.json has model_type={model_type!r:.200}: only 'mistral' has a raw format here.")
     missing = [hf for raw, hf in FIELDS if raw in _SIZES and raw not in ("n_kv_heads", "head_dim") and hf not in config]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}: copy it again.")
     for field, what in _WITHOUT_RAW_FORM.items():
         if config.get(field):
-            raise ValueError(f"config.json has {field}={config[field]!r}, but the raw format has no {what}.")
+            raise ValueError(f"config.json has {field}={config[field]!r:.200}, but the raw format has no {what}.")
     if config.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"config.json has hidden_act={config['hidden_act']!r}, but the raw format has only 'silu'.")
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        raise ValueError(f"config.json has hidden_act={config['hidden_act']!r:.200}: the raw format has only 'silu'.")
+    spelling = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = dict(found.values) if (found := Fields("config.json: ", config).inner(spelling)) else {}
     rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
     yarn, scaling = _rope_to_yarn(rope)
     raw = {raw: config.get(hf, _CONFIG_DEFAULTS.get(hf)) for raw, hf in FIELDS}
-    return normalize_params(raw | {"rope_theta": rope_theta, "yarn": yarn, "llama_4_scaling": scaling})
+    raw |= {"rope_theta": rope_theta, "yarn": yarn, "llama_4_scaling": scaling}
+    return _normalized(Fields("config.json: ", raw, dict(FIELDS) | {"yarn": spelling, "llama_4_scaling": spelling}))
 
 
 # The library's value for a field that ``config.json`` leaves out, where that of the raw format differs.
@@ -337,7 +427,7 @@ def _rope_to_yarn(rope: Config) -> tuple[Params | None, Params | None]:
     if kind == "default":
         return None, None
     if kind != "yarn":
-        raise ValueError(f"config.json has rope_type={kind!r}, but the raw format has only 'default' and 'yarn'.")
+        raise ValueError(f"config.json has rope_type={kind!r:.200}: the raw format has only 'default' and 'yarn'.")
     yarn = {raw: rope.pop(hf, None) for raw, hf in _YARN_FIELDS}
     yarn |= {raw: default for raw, default in (("beta", 32.0), ("alpha", 1.0)) if yarn[raw] is None}
     beta = rope.pop("llama_4_scaling_beta", None)
@@ -345,7 +435,8 @@ def _rope_to_yarn(rope: Config) -> tuple[Params | None, Params | None]:
     attention_factor = rope.pop("attention_factor", 1.0 if mscale and mscale == mscale_all_dim else None)
     leftover = {key: value for key, value in rope.items() if key not in ("max_position_embeddings", "truncate")}
     if attention_factor not in (None, 1.0) or leftover or not rope.get("truncate", True):
-        raise ValueError(f"config.json has yarn parameters without a raw form: {rope}, {attention_factor=}.")
+        given = rope | {"attention_factor": attention_factor}
+        raise ValueError(f"config.json has yarn parameters without a raw form: {given!r:.400}.")
     yarn["apply_scale"] = attention_factor is None
     original = yarn["original_max_position_embeddings"]
     return yarn, None if beta is None else {"original_max_position_embeddings": original, "beta": beta}

@@ -64,13 +64,13 @@ def _translate(table: Mapping[str, str], name: str) -> str:
         return table[name]
     pattern, number = _pattern_of(name)
     if pattern not in table:
-        raise ValueError(f"Unknown tensor name {name!r}: dense Mistral text models have no such tensor.")
+        raise ValueError(f"Unknown tensor name {name!r:.200}: dense Mistral text models have no such tensor.")
     return table[pattern].replace("{n}", number)
 
 
 def _pattern_of(name: str) -> tuple[str, str]:
     """Split ``layers.3.ffn_norm.weight`` into ``layers.{n}.ffn_norm.weight`` and ``3``."""
-    match = re.search(r"(?<=layers\.)\d+(?=\.)", name)
+    match = re.search(r"(?<=layers\.)[0-9]+(?=\.)", name)
     if match is None:
         return name, ""
     return f"{name[: match.start()]}{{n}}{name[match.end() :]}", match.group()
@@ -233,7 +233,7 @@ def _refusal_of(names: Iterable[str]) -> str:
 
 
 def _some(names: Collection[str]) -> str:
-    shown = list(names)[:4]
+    shown = [f"{name:.200}" for name in list(names)[:4]]
     return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")
 
 
@@ -252,11 +252,17 @@ def check_adapter(found: Mapping[str, Shape], params: Params, where: str) -> int
     if not found:
         raise ValueError(f"{where} holds no tensors: copy the adapter again.")
     whole = raw_shapes(params)
-    rank = min(next(iter(found.values())))
+    rank = min(next(iter(found.values())), default=0)
+    if rank < 1:
+        raise ValueError(f"{where}: the rank of {next(iter(found)):.200} is {rank}, but must be at least 1.")
     expected: dict[str, Shape] = {}
     for name in found:
-        outputs, inputs = whole.get(f"{name.split('.lora_')[0]}.weight", (0, 0))
         prefix = name.split(".lora_")[0]
+        if f"{prefix}.weight" not in whole:
+            raise ValueError(
+                f"{where} holds {name:.200}, which adapts no tensor of a model with {params['n_layers']} layers."
+            )
+        outputs, inputs = whole[f"{prefix}.weight"]
         expected |= {f"{prefix}.lora_A.weight": (rank, inputs), f"{prefix}.lora_B.weight": (outputs, rank)}
     check_tensors(found, expected, where)
     return rank

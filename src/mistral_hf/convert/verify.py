@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,11 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoints.json_file import read_json
 from ..checkpoints.reader import Array, Checkpoint, open_checkpoint, same_bits
 from ..checkpoints.writer import Progress
+from ..compatibility import CheckpointError
+from .folders import check_model
 from .params import Params, complete_params, config_to_params, normalize_params, params_difference
 from .raw_forward import raw_logits
-from .tensors import RAW_TO_HF, hf_to_raw, raw_shapes
+from .tensors import RAW_TO_HF, hf_shapes, hf_to_raw, raw_shapes
 from .tokenizer import find_raw_tokenizer, raw_encoder
 
 # Scripts, emoji, runs of spaces, code, and text that looks like control tokens.
@@ -106,10 +108,12 @@ def _open_side(folder: Path) -> Iterator[_Side]:
     path = folder / ("params.json" if is_raw else "config.json")
     if not path.is_file():
         raise ValueError(f"{folder} holds neither params.json nor config.json: give the folder of a checkpoint.")
-    content = json.loads(path.read_text("utf-8"))
+    content = read_json(path)
     params = normalize_params(content) if is_raw else config_to_params(content)
-    stem = "consolidated" if is_raw else "model"
-    with open_checkpoint(folder, stem, raw_shapes(params) if is_raw else None) as checkpoint:
+    stem, head = ("consolidated", "output.weight") if is_raw else ("model", "lm_head.weight")
+    shapes = raw_shapes(params) if is_raw else hf_shapes(params)
+    with open_checkpoint(folder, stem, shapes) as checkpoint:
+        check_model(checkpoint, shapes, params, head, str(folder))
         yield _Side(folder, is_raw, params, checkpoint)
 
 
@@ -167,9 +171,11 @@ def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
     if why := _why_no_logits(a.params) or _why_no_logits(b.params):
         return Check("logits", None, why)
     encode = _encoder(a) or _encoder(b)
-    vocab = a.params["vocab_size"]
-    tokens = [1, *(encode(text) if encode else np.random.default_rng(0).integers(3, vocab, 64).tolist())]
-    x, y = _logits(a, tokens), _logits(b, tokens)
+    vocab = min(a.params["vocab_size"], b.params["vocab_size"])
+    tokens = encode(text) if encode else np.random.default_rng(0).integers(0, vocab, 64).tolist()
+    if max(tokens, default=0) >= vocab:
+        return Check("logits", None, f"the tokenizer has ids beyond the vocabulary of {vocab} tokens")
+    x, y = (_logits(side, [min(1, vocab - 1), *tokens]) for side in (a, b))
     error = float(np.abs(x - y).max() / np.abs(x).max())
     return Check(
         "logits", error <= tolerance, f"largest difference {error:.1e} of the largest logit, limit {tolerance:.0e}"
@@ -192,6 +198,9 @@ def _logits(side: _Side, tokens: Sequence[int]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(side.folder, dtype=torch.float32).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(side.folder, dtype=torch.float32).eval()
+    except Exception as error:  # the library raises whatever it meets in a folder that it cannot load
+        raise CheckpointError(f"{side.folder} cannot be loaded by transformers: {error}") from error
     with torch.no_grad():
         return model(torch.tensor([list(tokens)])).logits[0].numpy()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from .compiled import forward_programs
 from .params import Params, Stacker, check_params, flatten, from_state, nest, tensors_of, to_module
 from .sharding import check_mesh, shard_rows, weight_sharding
 from .validation import as_array, check_inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 DTYPES = ("float32", "bfloat16", "float16")
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "endpoint")
@@ -107,7 +110,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         gradient_checkpointing: bool = False,
         mesh: Mesh | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """Load a checkpoint one tensor at a time: memory peaks at little more than the size of the weights.
 
         Args:
@@ -234,7 +237,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         train: bool = False,
         dropout_rng: Array | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """Run the model; differentiable, and compiled once for every shape of the inputs.
 
         Args:

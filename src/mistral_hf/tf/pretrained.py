@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import keras
 import optree
@@ -16,6 +16,9 @@ from ..checkpoints.reader import TensorInfo, open_checkpoint
 from ..checkpoints.writer import LazyTensor
 from ..configuration_mistral import MistralConfig
 from .shapes import Tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _ROWS = 1024  # rows of a weight that are written together
 _FIELDS = ("loss", "logits", "last_hidden_state", "past_key_values", "hidden_states", "attentions")
@@ -73,6 +76,18 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
     def named_weights(self) -> dict[str, Any]:
         """Variables by their Hugging Face names."""
         raise NotImplementedError
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, output_loading_info: Literal[False] = False, **options: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, output_loading_info: Literal[True], **options: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(

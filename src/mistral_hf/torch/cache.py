@@ -3,7 +3,10 @@
 Legend: B batch, K key/value heads, D head_dim, W window.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +14,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_file import load_cache, save_cache
 from .rolling_layer import RollingLayer, power_of_two
 from .static_layer import StaticRollingLayer
 
 STATIC_BUCKET = 256  # smallest preallocated buffer, in tokens; larger ones are powers of two
+FORMER_NAME = "past_key_values"
+# What the library calls a cache in arguments and outputs: "cache", and the former name before its release 5.24.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else FORMER_NAME
 
 
 class RollingCache(Cache):
@@ -144,6 +151,45 @@ class DynamicRollingCache(RollingCache, DynamicCache):
 
 class StaticRollingCache(RollingCache, StaticCache):
     """A `RollingCache` whose buffers have fixed addresses and shapes."""
+
+
+def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that takes ``cache`` take it as ``past_key_values`` too, as tools of all ages pass it.
+
+    Of two caches, the one with more tokens is taken: a tool may put its prefix in place of an empty cache by one name.
+    """
+
+    @wraps(forward)
+    def wrapper(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            if kwargs.get("cache") is None:
+                kwargs["cache"] = past_key_values
+            elif kwargs["cache"] is not past_key_values:
+                kwargs["cache"] = max(kwargs["cache"], past_key_values, key=lambda cache: cache.get_seq_length())
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    *parameters, keywords = signature.parameters.values()
+    former = inspect.Parameter(FORMER_NAME, inspect.Parameter.KEYWORD_ONLY, default=None)
+    wrapper.__signature__ = signature.replace(parameters=[*parameters, former, keywords])  # type: ignore[attr-defined]
+    return wrapper
+
+
+def cached_states(
+    cache: Any, keys: Tensor, values: Tensor, layer_idx: int, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The keys and values that new queries attend to, the new ones ``[B, K, S, D]`` among them.
+
+    Args:
+        cache: A cache of the library's kind, the paged cache of continuous batching, or None.
+        options: Those of the attention call; a paged cache changes them in place.
+    """
+    if cache is None:
+        return keys, values
+    if CACHE_NAME == FORMER_NAME and not isinstance(cache, Cache):  # there, attention functions fill a paged cache
+        options["cache"] = cache
+        return keys, values
+    return cache.update(keys, values, layer_idx, kwargs=options)
 
 
 def _layers(config: PreTrainedConfig, max_cache_len: int | None, round_up: bool) -> list[CacheLayerMixin]:

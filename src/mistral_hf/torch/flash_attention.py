@@ -37,7 +37,7 @@ def flash_attention_forward(
     Raises:
         ValueError: The mask is not a plan; or dtype, device, heads or dropout are not supported by the kernels.
     """
-    if kwargs.get("cache") is not None:  # continuous batching keeps the keys of its requests in a paged cache
+    if attention_mask is None:  # continuous batching keeps the keys of its requests in a paged cache
         paged = AttentionInterface._global_mapping[NAME]
         return paged(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     if not isinstance(attention_mask, VarlenPlan | KeyRangePlan):

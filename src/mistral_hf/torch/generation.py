@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 
-from .cache import RollingCache
+from .cache import CACHE_NAME, FORMER_NAME, RollingCache, takes_cache
 from .sequence_layout import SequenceLayout
 
 ROLLING = (None, "dynamic", "offloaded", "static", "offloaded_static")  # cache implementations that are ours
@@ -29,29 +29,34 @@ class MistralGenerationMixin(GenerationMixin):
         # A tokenizer's mapping in place of the ids, as chat templates return it.
         if isinstance(inputs, Mapping):
             inputs, kwargs = None, {**inputs, **kwargs}
+        for name in {"cache", FORMER_NAME} & kwargs.keys() - {CACHE_NAME}:
+            kwargs[CACHE_NAME] = kwargs.pop(name)
         return super().generate(inputs, *args, **kwargs)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As the library's; without a cache, the positions of right-padded rows restart, but are not packed."""
+        """As the library's, with the cache by its former name too, by which adapters of prompts look for it."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
-        if inputs.get("past_key_values") is None and inputs.get("position_ids") is not None:
+        if inputs.get(CACHE_NAME) is not None:
+            inputs[FORMER_NAME] = inputs[CACHE_NAME]
+        elif inputs.get("position_ids") is not None:  # those of right-padded rows restart, but are not packed
             inputs["packed"] = False
         return inputs
 
+    @takes_cache
     def create_masks_for_generate(
         self,
         config: PreTrainedConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The mask of a compiled decoding step, made outside its graph; forward makes that of a prompt."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask
-        layout = SequenceLayout.of(inputs_embeds, attention_mask, position_ids, past_key_values)
+        layout = SequenceLayout.of(inputs_embeds, attention_mask, position_ids, cache)
         return self.model.make_mask(inputs_embeds, layout)
 
     def _prepare_cache_for_generation(
@@ -65,7 +70,7 @@ class MistralGenerationMixin(GenerationMixin):
         """Give `generate` a `RollingCache`, unless the caller passes or requests another cache, or none."""
         kind = generation_config.cache_implementation
         wants_none = generation_config.use_cache is False
-        if kind not in ROLLING or wants_none or model_kwargs.get("past_key_values") is not None:
+        if kind not in ROLLING or wants_none or model_kwargs.get(CACHE_NAME) is not None:
             return super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
@@ -81,7 +86,7 @@ class MistralGenerationMixin(GenerationMixin):
             self._allocate(cache, batch_size * beams)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
         return None
 
     def _capacity(self, generation_config: Any, max_cache_length: int) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from .cache import RollingCache
 from .tracing import has_values
@@ -36,11 +37,11 @@ class KeyLayout(NamedTuple):
     @classmethod
     def of(cls, cache: Cache | None, length: int) -> "KeyLayout":
         """The keys that `cache` will return for `length` new tokens; those of the tokens themselves without a cache."""
-        if cache is None:
+        if cache is None or isinstance(cache, PagedAttentionCache):
             return cls(0, 0, length)
         if not isinstance(cache, Cache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__} and must be a cache, not a tuple of keys and values as in"
+                f"The cache is a {type(cache).__name__} and must be a Cache, not a tuple of keys and values as in"
                 " old releases: pass RollingCache(model.config), or DynamicCache(pairs) with a pair of each layer."
             )
         query_start = cache.get_seq_length()
@@ -87,7 +88,7 @@ class SequenceLayout(NamedTuple):
         inputs_embeds: Tensor,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         *,
         needs_positions: bool = False,
         packed: bool | None = None,
@@ -97,30 +98,30 @@ class SequenceLayout(NamedTuple):
 
         Args:
             inputs_embeds: ``[B, S, *]``, for its batch, length and device.
-            attention_mask, position_ids, past_key_values: As of the model.
+            attention_mask, position_ids, cache: As of the model.
             needs_positions: Whether packed sequences are told apart by their positions alone.
             packed: False if rows are known to hold one sequence each, whatever their positions.
-            **kwargs: As of the model: ``cu_seq_lens_q`` ``[N + 1]``, the bounds of N sequences packed into one row;
-                ``seq_idx``; and ``cache``, the paged cache of continuous batching.
+            **kwargs: As of the model: ``cu_seq_lens_q`` ``[N + 1]``, the bounds of N sequences packed into one row,
+                and ``seq_idx``.
 
         Raises:
             ValueError: The mask does not cover the tokens, or lets packed sequences see each other; or packed sequences
                 have no positions.
         """
         batch, length = inputs_embeds.shape[:2]
-        keys = KeyLayout.of(past_key_values, length)
+        keys = KeyLayout.of(cache, length)
         if position_ids is None and needs_positions:
             _check_no_packing(kwargs)
         segments = None
         if packed is not False:
-            segments = _packed_segments(position_ids, attention_mask, past_key_values, batch)
+            segments = _packed_segments(position_ids, attention_mask, cache, batch)
         if segments is None and position_ids is None:
             segments = _segments_between(kwargs.get("cu_seq_lens_q"), inputs_embeds)
         custom = attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim == 4)
         padding = None if custom else _padding(attention_mask, keys.query_start, inputs_embeds)
         if position_ids is None:
-            position_ids = _positions(inputs_embeds, attention_mask, past_key_values)
-        paged = kwargs.get("cache") is not None
+            position_ids = _positions(inputs_embeds, attention_mask, cache)
+        paged = isinstance(cache, PagedAttentionCache)
         return cls(keys, position_ids, padding, segments, attention_mask if custom else None, paged)
 
     @property

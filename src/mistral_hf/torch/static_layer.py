@@ -27,7 +27,6 @@ class StaticRollingLayer(RingLayer):
     """
 
     is_compileable = True
-    is_croppable = False
 
     def __init__(
         self,
@@ -39,8 +38,10 @@ class StaticRollingLayer(RingLayer):
         super().__init__()
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self.shown = min(shown or max_cache_len, sliding_window or max_cache_len)
         self.max_cache_len = min(max_cache_len, sliding_window or max_cache_len)
+        requested = shown or max_cache_len
+        self.shown = min(requested, self.max_cache_len)
+        self.is_croppable = requested <= self.max_cache_len  # no token will overwrite another
         self.wraps = sliding_window is not None and sliding_window <= max_cache_len
         self.all_slots = all_slots
         self.cumulative_length = torch.zeros((), dtype=torch.long)
@@ -118,16 +119,23 @@ class StaticRollingLayer(RingLayer):
             self.value_buffer.copy_(self.value_buffer.index_select(0, beam_idx.to(self.device)))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Do nothing: a static layer cannot forget single tokens.
+        """Forget the last ``-tokens_to_remove`` tokens (the argument is zero or negative).
 
         Raises:
-            ValueError: The argument is not zero.
+            ValueError: The argument is positive, exceeds what is stored, or needs tokens that are overwritten.
         """
-        if tokens_to_remove != 0:
+        count, length = -int(tokens_to_remove), int(self.cumulative_length)
+        if not 0 <= count <= length:
             raise ValueError(
-                f"crop({tokens_to_remove}): a static cache cannot forget single tokens. Use the default cache for"
-                " assisted decoding, or reset() to forget everything."
+                f"crop({tokens_to_remove}) is not possible with {length} tokens stored: pass zero, or the number of"
+                " tokens to remove as a negative number, at most as many as are stored."
             )
+        if count and length > self.max_cache_len:
+            raise ValueError(
+                f"crop({tokens_to_remove}): a static cache cannot restore tokens that were overwritten at its window of"
+                f" {self.sliding_window}. Use the default cache for assisted decoding, or reset() to forget everything."
+            )
+        self.cumulative_length.sub_(count)
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """Keys and values of every token that the buffer holds, oldest first."""
