@@ -32,7 +32,8 @@ RULES: dict[str, set[str]] = {
     "launch": set(),
     "startup": set(),
     "cli": {
-        *("bundled", "chat", "configuration_mistral", "convert", "launch", "modeling_mistral", "registration", "torch"),
+        *("bundled", "chat", "compatibility", "configuration_mistral", "convert", "launch", "modeling_mistral"),
+        *("registration", "torch"),
     },
     "__main__": {"cli"},
     "__init__": {

@@ -177,7 +177,7 @@ def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(
     assert signal.getsignal(signal.SIGINT) is before
     assert [message["role"] for message in sessions[0].messages] == ["user", "assistant"] * 2
     prompt = len(encode_conversation(sessions[0].tokenizer, sessions[0].messages[:3], add_generation_prompt=True))
-    assert prompt + 2 <= sessions[0].cache.get_seq_length() <= prompt + 4
+    assert prompt + 2 <= sessions[0].memory.cache.get_seq_length() <= prompt + 4
 
 
 def test_a_second_ctrl_c_leaves(chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_saved_chat_continues_as_without_the_break(
     unbroken, _, resumed = sessions
     assert resumed.messages == unbroken.messages
     assert resumed.prefilled == unbroken.prefilled < 40
-    assert (resumed.cache.get_seq_length() > 128) is (text is LONG)
+    assert (resumed.memory.cache.get_seq_length() > 128) is (text is LONG)
 
 
 def test_save_and_load_are_commands_too(chat_folder: Path, tmp_path: Path, sessions: list[ChatSession]) -> None:
@@ -222,7 +222,7 @@ def test_loading_is_refused_before_it_changes_the_session(session: ChatSession, 
         metadata = content.metadata()
     tensors, record = load_file(tmp_path / "chat"), json.loads(metadata["chat_session"])
     session.reply("The sea")
-    kept = [*session.messages], [*session.cached], session.cache
+    kept = [*session.messages], session.memory
     changed = [
         (None, "holds no chat"),
         ("[" * 10_000, "holds no chat"),
@@ -236,7 +236,7 @@ def test_loading_is_refused_before_it_changes_the_session(session: ChatSession, 
         save_file(tensors, tmp_path / "chat", metadata={**others, **({} if text is None else {"chat_session": text})})
         with pytest.raises(ValueError, match=message):
             load_session(session, tmp_path / "chat")
-        assert (session.messages, session.cached, session.cache) == kept
+        assert (session.messages, session.memory) == kept
 
 
 def test_the_fingerprint_changes_with_every_weight_and_field(session: ChatSession) -> None:

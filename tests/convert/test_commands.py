@@ -121,7 +121,7 @@ def test_an_error_is_one_printable_line(tmp_path: Path) -> None:
     raw = write_raw(tmp_path / "raw", COMMON, raw_tensors(COMMON) | {"\x1b[2J\nlayers": torch.zeros(1)})
     result = command("convert_mistral_weights_to_hf", "--input_dir", raw, "--output_dir", tmp_path / "hf")
     lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
-    assert result.exit_code != 0
+    assert result.exit_code == 2
     assert lines == [lines[0]]
     assert r"holds 1 unexpected tensors, \x1b[2J layers: a dense Mistral does not have them." in lines[0]
 

@@ -11,11 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..torch.cache import RollingCache
+from .session import ChatSession, Memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .session import ChatSession
 
 _KEY = "chat_session"
 _SAMPLE = 16  # values of every weight that take part in the fingerprint
@@ -27,8 +26,8 @@ def save_session(session: ChatSession, file: str | Path) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    record = {"model": fingerprint(session.model), "messages": session.messages, "ids": session.cached}
-    session.cache.save_file(file, {_KEY: json.dumps(record)})
+    record = {"model": fingerprint(session.model), "messages": session.messages, "ids": session.memory.ids}
+    session.memory.cache.save_file(file, {_KEY: json.dumps(record)})
 
 
 def load_session(session: ChatSession, file: str | Path) -> None:
@@ -46,8 +45,7 @@ def load_session(session: ChatSession, file: str | Path) -> None:
         raise ValueError(f"{file} belongs to another model or other weights: load the model that it was saved with.")
     if len(record["ids"]) != cache.get_seq_length():
         raise ValueError(f"{file} has {len(record['ids'])} ids for {cache.get_seq_length()} tokens: save it again.")
-    session.messages, session.cached, session.cache = record["messages"], record["ids"], cache
-    session.prefilled = 0
+    session.messages, session.memory, session.prefilled = record["messages"], Memory(cache, record["ids"]), 0
 
 
 def fingerprint(model: PreTrainedModel) -> str:

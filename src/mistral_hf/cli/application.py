@@ -15,32 +15,28 @@ from typing import Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from ..compatibility import one_line
+
 ERROR, INTERRUPTED = 2, 130
 TRACEBACK = "MISTRAL_HF_TRACEBACK"
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def one_line(text: object, limit: int = 1000) -> str:
-    """A message of a library without line breaks, and cut where it is too long to read."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= limit else f"{line[:limit]} ..."
-
-
 def say_error(message: object) -> None:
-    typer.secho(f"Error: {one_line(message)}", err=True, fg=typer.colors.RED)
+    typer.secho(f"Error: {one_line(str(message))}", err=True, fg=typer.colors.RED)
 
 
 def say_failure(error: Exception) -> None:
     """Show an error; one that nobody foresaw with its type, and with the way to see its traceback."""
     foreseen = isinstance(error, OSError | ValueError | ImportError | MemoryError | OverflowError)
-    foreseen |= type(error).__module__ in ("huggingface_hub.errors", "jinja2.exceptions")  # fields, chat templates
+    foreseen |= type(error).__module__ == "huggingface_hub.errors"  # of the fields of a configuration, among others
     if isinstance(error, typer.TyperException):
         say_error(error.format_message())
     elif foreseen and str(error):
         say_error(error)
     else:
-        say_error(f"{type(error).__name__}: {one_line(error)} ({TRACEBACK}=1 shows where.)")
+        say_error(f"{type(error).__name__}: {one_line(str(error))} ({TRACEBACK}=1 shows where.)")
 
 
 class _OneLineErrors:

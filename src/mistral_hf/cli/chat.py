@@ -163,7 +163,7 @@ class Repl:
                 messages += turn
 
     def _ask(self, text: str) -> None:
-        session, count = self.session, len(self.session.messages)
+        session = self.session
         streamer = self._streamer()
         with _ctrl_c_sets(self.interrupted):
             try:
@@ -171,7 +171,6 @@ class Repl:
             finally:
                 streamer.close()
         if not reply:
-            del session.messages[count:]
             self._note("The reply is empty: your message is taken back.")
         if self.stats:
             from .streaming import statistics, summary
