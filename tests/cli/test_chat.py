@@ -143,7 +143,7 @@ def test_an_error_of_the_template_is_shown_and_the_turn_taken_back(
 ) -> None:
     result = chat(chat_folder, "--system", "refuse", stdin="Hello there\n/system\nHello there\n")
     assert len(replies(result, code=2)) == 1
-    assert result.stderr == "Error: System prompts are not supported.\n"
+    assert result.stderr == "Error: The conversation is refused: System prompts are not supported.\n"
     assert said(sessions[0]) == ["Hello there"]
     assert "Traceback" not in result.output
 

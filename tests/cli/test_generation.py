@@ -1,8 +1,10 @@
 """The command line, in this process, and once as a program."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sysconfig
 from importlib.metadata import version
@@ -91,6 +93,19 @@ def test_stats_go_to_standard_error() -> None:
 @pytest.mark.parametrize("spelling", ["--max-new-tokens", "--max_new_tokens"])
 def test_options_are_spelled_with_dashes_or_underscores(spelling: str) -> None:
     assert text_of(PROMPT, "--greedy", spelling, "12") == reference_text(do_sample=False)
+
+
+def test_ctrl_c_in_generate_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", interrupted)
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        result = run("generate", PROMPT)
+        assert (result.exit_code, result.stderr) == (130, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_info_is_json_on_request() -> None:

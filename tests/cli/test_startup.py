@@ -27,7 +27,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+        [sys.executable, *command], capture_output=True, text=True, timeout=180, env={**os.environ, **environment}
     )
 
 

@@ -31,7 +31,7 @@ def terminal(chat_folder: Path) -> Callable[..., Any]:
         command = ["-m", "mistral_hf", "chat", "--model", str(chat_folder), *OPTIONS, *options]
         environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"}
         size = (50, 300)  # no reply is broken into lines
-        child = pexpect.spawn(sys.executable, command, env=environment, dimensions=size, encoding="utf-8", timeout=60)
+        child = pexpect.spawn(sys.executable, command, env=environment, dimensions=size, encoding="utf-8", timeout=120)
         child.expect("/help shows the commands")
         child.expect(PROMPT)
         return child
