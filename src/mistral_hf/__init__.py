@@ -4,16 +4,18 @@ Without PyTorch, nothing is registered; the configuration, the conversion and th
 names and the packages `chat` and `convert` are imported when they are used.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundled import BUNDLED_CHECKPOINT
-from .configuration_mistral import MistralConfig
 
 if TYPE_CHECKING:
     from . import chat, convert
     from .chat import encode_conversation, get_chat_template, validate_conversation
+    from .configuration_mistral import MistralConfig
     from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
     from .modeling_mistral import (
         MistralForCausalLM,
@@ -55,6 +57,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
+    "configuration_mistral": ("MistralConfig",),
     "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
     "modeling_mistral": (
         "MistralForCausalLM",
@@ -93,5 +96,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if find_spec("torch") is not None:
+def _is_command_line() -> bool:
+    """Whether this process is ``mistral-hf`` or ``python -m mistral_hf``.
+
+    Their commands register when they load a model, since registration imports PyTorch and Transformers.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    is_module = program == "-m" and sys.orig_argv[-len(sys.argv)] == __name__
+    return is_module or Path(program).name in ("mistral-hf", "mistral-hf.exe")
+
+
+if find_spec("torch") is not None and not _is_command_line():
     import_module(".registration", __name__).register()

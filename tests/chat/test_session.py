@@ -1,7 +1,5 @@
-"""Chat sessions: only new tokens are read, replies match one-shot generation, errors leave no trace; the command."""
+"""Chat sessions: only new tokens are read, replies match one-shot generation, errors leave no trace."""
 
-import os
-import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,17 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, TextStreamer
-from typer.testing import CliRunner
 
 from mistral_hf import MistralConfig, MistralForCausalLM
 from mistral_hf.chat.encoding import encode_conversation
 from mistral_hf.chat.session import ChatSession
 from mistral_hf.chat.template import get_chat_template
-from mistral_hf.cli import app
 from mistral_hf.convert.tokenizer import convert_tokenizer
 from tests.helpers.conversations import quick
 from tests.helpers.tokenizer_files import REAL
@@ -327,57 +322,8 @@ def test_replies_of_a_beam_search_match_one_shot_generation(
     assert session.reply("more") == expected
 
 
-def test_ctrl_c_in_the_terminal_ends_a_reply_and_keeps_the_conversation(
-    instruct: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Impatient(TextStreamer):
-        calls = 0
-
-        def put(self, value: torch.Tensor) -> None:
-            self.calls += 1
-            if self.calls == 4:  # the prompt and three tokens
-                os.kill(os.getpid(), signal.SIGINT)
-
-        def end(self) -> None:
-            pass
-
-    sessions: list[ChatSession] = []
-    reply = ChatSession.reply
-
-    def recorded(session: ChatSession, *args: Any) -> str:
-        sessions.append(session)
-        answer = reply(session, *args)
-        lengths.append(session.memory.cache.get_seq_length())
-        return answer
-
-    lengths: list[int] = []
-    monkeypatch.setattr(ChatSession, "reply", recorded)
-    monkeypatch.setattr(transformers, "TextStreamer", Impatient)
-    before = signal.getsignal(signal.SIGINT)
-    arguments = ["chat", "--model", str(instruct), "--greedy", "--max-new-tokens", "12"]
-    result = CliRunner().invoke(app, arguments, input="Hello there\nContinue\n/exit\n")
-    assert result.exit_code == 0, result.output
-    assert signal.getsignal(signal.SIGINT) is before
-    session = sessions[-1]
-    assert [message["role"] for message in session.messages] == ["user", "assistant"] * 2
-    prompt = len(encode_conversation(session.tokenizer, session.messages[:1], add_generation_prompt=True))
-    assert prompt + 2 <= lengths[0] <= prompt + 4
-
-
 def test_a_tokenizer_without_a_template_is_refused_with_the_remedy(instruct: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(instruct)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="get_chat_template"):
         ChatSession(MistralForCausalLM.from_pretrained(instruct), tokenizer)
-
-
-def test_the_command_answers_a_pipe(instruct: Path) -> None:
-    lines = "Hello there\n\n/what\n/system Be brief.\nHello there\n/reset\nHello there\n/exit\nnever read\n"
-    arguments = ["chat", "--model", str(instruct), "--greedy", "--max-new-tokens", "5"]
-    result = CliRunner().invoke(app, arguments, input=lines)
-    assert result.exit_code == 0, result.output
-    assert "There is no command /what" in result.stderr
-    replies = result.stdout.strip().splitlines()
-    assert len(replies) == 3
-    assert replies[0] != replies[1]
-    assert replies[1] == replies[2]  # /reset keeps the system prompt
