@@ -4,18 +4,20 @@ Without PyTorch, nothing is registered; the configuration, the conversion and th
 names and the packages `chat` and `convert` are imported when they are used.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bundled import BUNDLED_CHECKPOINT
-from .configuration_ministral import MinistralConfig
-from .configuration_ministral3 import Ministral3Config
-from .configuration_mistral import MistralConfig
 
 if TYPE_CHECKING:
     from . import chat, convert
     from .chat import encode_conversation, get_chat_template, validate_conversation
+    from .configuration_ministral import MinistralConfig
+    from .configuration_ministral3 import Ministral3Config
+    from .configuration_mistral import MistralConfig
     from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
     from .modeling_ministral import (
         MinistralForCausalLM,
@@ -85,33 +87,16 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+_KINDS = ("Ministral", "Ministral3", "Mistral")
+_MODELS = (
+    *("Model", "PreTrainedModel", "ForCausalLM"),
+    *("ForQuestionAnswering", "ForSequenceClassification", "ForTokenClassification"),
+)
 _HOMES = {
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
+    **{f"configuration_{kind.lower()}": (f"{kind}Config",) for kind in _KINDS},
+    **{f"modeling_{kind.lower()}": tuple(kind + name for name in _MODELS) for kind in _KINDS},
     "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
-    "modeling_ministral": (
-        "MinistralForCausalLM",
-        "MinistralForQuestionAnswering",
-        "MinistralForSequenceClassification",
-        "MinistralForTokenClassification",
-        "MinistralModel",
-        "MinistralPreTrainedModel",
-    ),
-    "modeling_ministral3": (
-        "Ministral3ForCausalLM",
-        "Ministral3ForQuestionAnswering",
-        "Ministral3ForSequenceClassification",
-        "Ministral3ForTokenClassification",
-        "Ministral3Model",
-        "Ministral3PreTrainedModel",
-    ),
-    "modeling_mistral": (
-        "MistralForCausalLM",
-        "MistralForQuestionAnswering",
-        "MistralForSequenceClassification",
-        "MistralForTokenClassification",
-        "MistralModel",
-        "MistralPreTrainedModel",
-    ),
     "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
     "registration": ("register", "unregister"),
     "torch.cache": ("RollingCache",),
@@ -141,5 +126,15 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-if find_spec("torch") is not None:
+def _is_command_line() -> bool:
+    """Whether this process is ``mistral-hf`` or ``python -m mistral_hf``.
+
+    Their commands register when they load a model, since registration imports PyTorch and Transformers.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    is_module = program == "-m" and sys.orig_argv[-len(sys.argv)] == __name__
+    return is_module or Path(program).name in ("mistral-hf", "mistral-hf.exe")
+
+
+if find_spec("torch") is not None and not _is_command_line():
     import_module(".registration", __name__).register()

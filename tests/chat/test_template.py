@@ -15,7 +15,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 
 from mistral_hf.chat.encoding import encode_conversation
 from mistral_hf.chat.template import get_chat_template, validate_conversation
-from tests.helpers.conversations import PLAIN, conversations, expected_ids, quick, tool_definitions
+from tests.helpers.conversations import PLAIN, conversations, expected_ids, quick, tool_definitions, written_json_texts
 from tests.helpers.tokenizer_files import VERSIONS, converted, reference
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
@@ -25,8 +25,11 @@ every_version = pytest.mark.parametrize("version", VERSIONS)
 @quick
 @given(data=st.data())
 def test_the_template_encodes_what_mistral_common_does(version: str, folder: Path, data: st.DataObject) -> None:
-    """Any conversation without control tokens in its text gives the same ids, or is refused by both."""
-    messages = data.draw(conversations(PLAIN, thoughts=version == "v13"))
+    """Any conversation without control tokens in its text gives the same ids, or is refused by both.
+
+    JSON text is in Python's spelling, since the template cannot parse it; `encode_conversation` takes any.
+    """
+    messages = data.draw(conversations(PLAIN, written_json_texts(PLAIN), thoughts=version == "v13"))
     tools = data.draw(tool_definitions(PLAIN))
     to_answer = data.draw(st.booleans())
     mode = ValidationMode.test if to_answer else ValidationMode.agnostic

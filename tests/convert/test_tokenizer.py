@@ -6,10 +6,15 @@ import base64
 import json
 import random
 import shutil
+import struct
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
@@ -30,6 +35,7 @@ SCRIPTS = [
     *[(0xE00, 0xE7F), (0x10A0, 0x10FF), (0x1200, 0x137F), (0x2000, 0x206F), (0x2200, 0x22FF), (0x3040, 0x30FF)],
     *[(0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xFE00, 0xFE0F), (0x1F300, 0x1FAFF), (0x10000, 0x10FFF), (0xE000, 0xE0FF)],
     (0x00, 0x1F),
+    (0xFDC8, 0xFDF8),
 ]
 LOOK_ALIKES = ["[INST]", "[/INST]", "</s>", "<s>", "<unk>", "<pad>", "[REF]", "[/REF]", "[REFERENCE_DOC_3]", "<0x0A>"]
 LOOK_ALIKES += [
@@ -90,6 +96,17 @@ def test_ids_and_text_match_mistral_common_on_a_fuzzed_corpus(version: str, fold
     for text, decoded in zip(texts, tokenizer.batch_decode(ids), strict=True):
         # SentencePiece writes a space as ▁, so the two cannot be distinguished afterwards.
         assert decoded == (text.replace("▁", " ") if version in NOT_TEKKEN else text)
+
+
+@every_real_one
+def test_characters_without_meaning_stay_text(version: str, folder: Path) -> None:
+    """Those that Unicode reserves for internal or private use are bytes also where control tokens are looked for."""
+    tokenizer, expected = converted(version, folder), reference(version, folder).instruct_tokenizer.tokenizer
+    for code in [*range(0xFDD0, 0xFDF0), 0xE000, 0xF8FF, 0xFFFE, 0xFFFF, 0x1FFFE, 0x10FFFF]:
+        for text in (chr(code), f"a{chr(code)} b", f"[REF]{chr(code)}[/REF]", f" {chr(code)}[REFERENCE_DOC_3]a b"):
+            ids = tokenizer(text).input_ids
+            assert ids == expected.encode(text, bos=True, eos=False)
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 @every_real_one
@@ -208,6 +225,142 @@ def test_sentencepiece_models_of_other_kinds_are_refused(tmp_path: Path) -> None
     path.write_bytes(b"\x0a\x05\x0a\x03abc" + b"\x12\x00" + b"\x1a\x00")
     with pytest.raises(ValueError, match="not BPE with byte fallback"):
         read_sentencepiece(path)
+
+
+def field(number: int, value: bytes | int | float) -> bytes:
+    """One field of a protocol buffer."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + struct.pack("<f", value)
+    size, data = (value, b"") if isinstance(value, int) else (len(value), value)
+    digits = bytes((size >> 7 * i & 127) | 128 for i in range(9)) + bytes([size >> 63])
+    key = number << 3 | (0 if isinstance(value, int) else 2)
+    return bytes([key & 127 | 128, key >> 7]) + digits + data
+
+
+def sentencepiece_file(*pieces: bytes) -> bytes:
+    """A model of the smallest vocabulary that is accepted, and the given pieces."""
+    controls = [(text.encode(), kind) for text, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3))]
+    known = [*controls, *((f"<0x{byte:02X}>".encode(), 6) for byte in range(256)), *((b"%c" % c, 1) for c in b"abc")]
+    vocabulary = [field(1, text) + field(2, 0.0) + field(3, kind) for text, kind in known]
+    settings = field(2, field(3, 2) + field(35, 1)) + field(3, field(4, 0))
+    return b"".join(field(1, piece) for piece in [*vocabulary, *pieces]) + settings
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        field(1, 10**15),
+        field(1, b"x") + field(2, float("nan")),
+        field(1, b"x") + field(2, 1),
+        field(1, b"x") + field(3, b"x"),
+        field(1, b"\xff"),
+        field(2, 0.0),
+        b"\x08" + b"\xff" * 100_000,
+        field(1, b"x" * 1001),
+        field(1, b"a"),
+    ],
+)
+def test_sentencepiece_files_with_senseless_pieces_are_refused(piece: bytes, tmp_path: Path) -> None:
+    """A size as a text, scores that are no numbers, endless numbers, long and repeated pieces."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_file())
+    convert_tokenizer(path, tmp_path)
+    path.write_bytes(sentencepiece_file(piece))
+    with pytest.raises(ValueError, match=r"SentencePiece|Mistral tokenizer"):
+        convert_tokenizer(path, tmp_path)
+
+
+def test_each_user_defined_piece_needs_a_letter(tmp_path: Path) -> None:
+    path, pieces = tmp_path / "tokenizer.model", [field(1, b"user%d" % i) + field(3, 4) for i in range(4)]
+    path.write_bytes(sentencepiece_file(*pieces[:3]))
+    convert_tokenizer(path, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("user0auser2", add_special_tokens=False).input_ids
+    assert ids[-3:] == [262, tokenizer.convert_tokens_to_ids("a"), 264]
+    assert tokenizer.decode(ids[-3:]) == "user0auser2"
+    path.write_bytes(sentencepiece_file(*pieces))
+    with pytest.raises(ValueError, match="more user-defined pieces than letters"):
+        convert_tokenizer(path, tmp_path)
+
+
+def test_sentencepiece_files_with_flipped_bytes_are_read_or_refused(tmp_path: Path) -> None:
+    rng, whole, path = random.Random(0), sentencepiece_file(), tmp_path / "tokenizer.model"
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with suppress(ValueError):
+            convert_tokenizer(path, tmp_path)
+
+
+def tekken_content(**changes: Any) -> dict[str, Any]:
+    """A tekken file of bytes only; `changes` are of its config where it has the field, else of the file."""
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": ""} for i in range(256)]
+    config = {"pattern": ".", "default_vocab_size": 276, "default_num_special_tokens": 20, "version": "v3"}
+    of_config = {key: value for key, value in changes.items() if key in config}
+    others = {key: value for key, value in changes.items() if key not in config}
+    return {"config": config | of_config, "vocab": vocab, **others}
+
+
+def token(text: bytes, **fields: Any) -> dict[str, Any]:
+    return {"token_bytes": base64.b64encode(text).decode(), **fields}
+
+
+BYTES = tekken_content()["vocab"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        tekken_content(default_num_special_tokens=10_000_000, default_vocab_size=10_000_256),
+        tekken_content(default_num_special_tokens=10_000_000),
+        tekken_content(default_vocab_size=-5),
+        tekken_content(default_vocab_size=277),
+        tekken_content(default_vocab_size=275),
+        tekken_content(default_num_special_tokens=19),
+        tekken_content(default_vocab_size="276"),
+        tekken_content(default_vocab_size=276.0),
+        tekken_content(default_num_special_tokens=None),
+        tekken_content(pattern="("),
+        tekken_content(pattern=5),
+        tekken_content(version=["v3"]),
+        tekken_content(vocab={"a": 1}),
+        tekken_content(vocab=[*BYTES[:-1], 5]),
+        tekken_content(vocab=[*BYTES[:-1], {}]),
+        tekken_content(vocab=[*BYTES[:-1], {"token_bytes": "*/=="}]),
+        tekken_content(vocab=[*BYTES[:-1], {"token_bytes": "€"}]),
+        tekken_content(vocab=[*BYTES[:-1], token(b"ab")]),
+        tekken_content(vocab=[*BYTES, token(b"a")], default_vocab_size=277),
+        tekken_content(vocab=[*BYTES, token(b"ab", rank=1)], default_vocab_size=277),
+        tekken_content(vocab=[*BYTES, token(b"a" * 1001)], default_vocab_size=277),
+        tekken_content(special_tokens=5),
+        tekken_content(special_tokens=[{}]),
+        tekken_content(special_tokens=[{"token_str": 5}]),
+        tekken_content(special_tokens=[{"token_str": "<s>"}] * 2),
+        tekken_content(special_tokens=[{"token_str": "<s>", "rank": 1}]),
+        {**tekken_content(), "config": []},
+        {"config": tekken_content()["config"]},
+    ],
+    ids=count(),
+)
+def test_senseless_tekken_files_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tekken.json"
+    path.write_text(json.dumps(tekken_content()))
+    assert convert_tokenizer(path, tmp_path).vocab_size == 276
+    path.write_text(json.dumps(content))
+    begin = time.process_time()
+    with pytest.raises(ValueError, match=r"tekken.json is not a tekken tokenizer, or is damaged: ") as error:
+        convert_tokenizer(path, tmp_path)
+    assert time.process_time() - begin < 5
+    assert len(str(error.value)) < 600
+
+
+def test_tekken_files_with_deep_nesting_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tekken.json"
+    path.write_text('{"config": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match="not a tekken tokenizer, or is damaged: RecursionError"):
+        convert_tokenizer(path, tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"config": {}}', '{"config": {"pattern": "x"}, "vocab": []}'])

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistral_hf import MistralConfig, MistralForCausalLM, cli
+from mistral_hf import MistralConfig, MistralForCausalLM
+from mistral_hf.cli import info
 from mistral_hf.torch import flash_kernels
 from mistral_hf.torch.attention import make_mask
 from mistral_hf.torch.flash_kernels import KeyRangePlan, PackageKernels, TorchKernels
@@ -97,7 +98,7 @@ def test_dropout_reaches_the_kernels_or_is_refused(
 
 
 def test_info_names_the_kernels(kernels: Any) -> None:
-    assert cli._backend_state(NAME) == f"usable: {kernels.name}"
+    assert info._backend_state(NAME) == f"usable: {kernels.name}"
 
 
 @pytest.fixture

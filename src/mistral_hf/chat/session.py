@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,18 @@ from .encoding import encode_conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+
+class Memory(NamedTuple):
+    """What a session has read. It is replaced as a whole, so its parts cannot be of different replies.
+
+    Attributes:
+        cache: Keys and values.
+        ids: Ids of the tokens that the cache holds.
+    """
+
+    cache: RollingCache
+    ids: list[int]
 
 
 class ChatSession:
@@ -31,8 +43,7 @@ class ChatSession:
     Attributes:
         messages: The conversation so far, as ``apply_chat_template`` takes it.
         options: The options of ``generate``.
-        cache: Keys and values of the conversation.
-        cached: Ids of the tokens that the cache holds.
+        memory: The cache of the conversation, and which tokens it holds.
         prefilled: Number of tokens that were read for the last reply, without the reply itself.
     """
 
@@ -51,12 +62,14 @@ class ChatSession:
         """Begin a new conversation."""
         self.messages: list[Mapping[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self.prefilled = 0
-        self._empty_cache()
+        self.memory = self._nothing()
 
     def reply(self, text: str, streamer: TextStreamer | None = None) -> str:
         """Answer a message.
 
-        If ``generate`` or the streamer raises, the conversation stays as it was, and the next call reads it again.
+        If anything raises (the template, ``generate``, the streamer, Ctrl-C), or if the reply is empty, the
+        conversation stays as it was: templates refuse an empty answer, and many refuse two messages of the user in a
+        row.
 
         Args:
             text: The user's message; control tokens in it stay text.
@@ -64,39 +77,40 @@ class ChatSession:
 
         Returns:
             The reply.
+
+        Raises:
+            ValueError: The conversation cannot be encoded, for example because the template refuses it.
         """
-        ids = encode_conversation(
-            self.tokenizer, [*self.messages, {"role": "user", "content": text}], add_generation_prompt=True
+        question = {"role": "user", "content": text}
+        ids = encode_conversation(self.tokenizer, [*self.messages, question], add_generation_prompt=True)
+        # Until the reply is complete, the cache may hold tokens that are in no record: nothing refers to it.
+        memory, self.memory = self.memory, self._nothing()
+        cache = self._common_prefix(memory, ids)
+        self.prefilled = len(ids) - cache.get_seq_length()
+        inputs = torch.tensor([ids], device=self.model.device)
+        output = self.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            past_key_values=cache,
+            streamer=streamer,
+            **self.options,
         )
-        try:
-            self._keep_common_prefix(ids)
-            self.prefilled = len(ids) - self.cache.get_seq_length()
-            inputs = torch.tensor([ids], device=self.model.device)
-            output = self.model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                past_key_values=self.cache,
-                streamer=streamer,
-                **self.options,
-            )
-            answer = str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
-            self.cached = output[0, : self.cache.get_seq_length()].tolist()
-        except BaseException:  # the cache may hold tokens that are in no record
-            self._empty_cache()
-            raise
-        if self.cache.layers[0].keys.shape[0] > 1:  # beams: their rows need not hold the reply
-            self._empty_cache()
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        answer = str(self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)).strip()
+        if cache.layers[0].keys.shape[0] == 1:  # rows of several beams need not hold the reply
+            self.memory = Memory(cache, output[0, : cache.get_seq_length()].tolist())
+        if answer:
+            self.messages += [question, {"role": "assistant", "content": answer}]
         return answer
 
-    def _empty_cache(self) -> None:
-        self.cache, self.cached = RollingCache(self.model.config), list[int]()
+    def _nothing(self) -> Memory:
+        return Memory(RollingCache(self.model.config), [])
 
-    def _keep_common_prefix(self, ids: list[int]) -> None:
-        """Remove from the cache what follows the beginning that it shares with `ids`, or empty it."""
-        pairs = zip(self.cached, ids[:-1], strict=False)
-        common = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(self.cached), len(ids) - 1))
+    def _common_prefix(self, memory: Memory, ids: list[int]) -> RollingCache:
+        """The cache without what follows the beginning that it shares with `ids`, or an empty one."""
+        pairs = zip(memory.ids, ids[:-1], strict=False)
+        common = next((i for i, (old, new) in enumerate(pairs) if old != new), min(len(memory.ids), len(ids) - 1))
         try:
-            self.cache.crop(common - len(self.cached))
+            memory.cache.crop(common - len(memory.ids))
         except ValueError:  # too far back for the window
-            self._empty_cache()
+            return self._nothing().cache
+        return memory.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def get_chat_template(version: str) -> str:
     It renders the text that Mistral's own tokenizer encodes for the same conversation, and raises an error for the
     conversations that Mistral's tokenizer refuses. The assistant's parts are marked for
     ``return_assistant_tokens_mask=True``.
+
+    Jinja cannot parse JSON. Arguments of a call, and in versions 2 and 3 results of a tool, that are given as JSON text
+    are written as they are, where Mistral's tokenizer writes them as ``json.dumps(value, ensure_ascii=False)`` does:
+    give them in that spelling, or parsed, or call `encode_conversation`, which takes any spelling.
 
     Args:
         version: One of `TEMPLATES`, such as ``"v3"`` or ``"v7-tekken"``.
@@ -61,13 +66,11 @@ def validate_conversation(
         ValueError: Roles are in a wrong order, tool results do not match calls, an id or a function name is malformed,
             or content is missing or of a wrong type.
     """
-    from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    if not messages:
-        raise ValueError("A conversation must have at least one message.")
+    check_messages(messages)
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
+    with rendering(f"Invalid conversation for version {version}"):
         render_jinja_template(
             conversations=[present],
             tools=None if tools is None else list(tools),
@@ -76,5 +79,37 @@ def validate_conversation(
             bos_token="<s>",
             eos_token="</s>",
         )
-    except TemplateError as error:
-        raise ValueError(f"Invalid conversation for version {version}: {error}") from error
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Check that a conversation is a list of mappings and not empty.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not isinstance(messages, Sequence) or not messages:
+        raise ValueError("A conversation must be a list of at least one message.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"Message {i} is of type {type(message).__name__}: give a dictionary with role and content."
+            )
+
+
+@contextmanager
+def rendering(refusal: str) -> Iterator[None]:
+    """Within the block, whatever a template raises is a ValueError: a template is a program, and may raise anything.
+
+    Args:
+        refusal: Comes before the reason that a template gives for refusing the conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (TemplateError, ValueError) as error:
+        raise ValueError(f"{refusal}: {error}") from error
+    except RecursionError as error:
+        raise ValueError("The conversation or a tool is nested too deeply: make it flatter.") from error
+    except Exception as error:
+        raise ValueError(f"The chat template fails on the conversation ({error!r}): use another template.") from error

@@ -74,7 +74,7 @@ def convert_tokenizer(
     """
     source = Path(source)
     if source.suffix == ".json":
-        tokenizer, special, version = tekken_tokenizer(read_tekken(source), source, version)
+        tokenizer, special, version = tekken_tokenizer(read_tekken(source, version))
     else:
         if version is not None and version.endswith("-tekken"):
             raise ValueError(
@@ -129,7 +129,7 @@ def raw_encoder(source: str | Path) -> Callable[[str], list[int]]:
         return lambda text: list(reference.encode(text, bos=False, eos=False))
     except ImportError:
         if source.suffix == ".json":
-            tokenizer, special, _ = tekken_tokenizer(read_tekken(source), source, None)
+            tokenizer, special, _ = tekken_tokenizer(read_tekken(source))
         else:
             tokenizer, special = sentencepiece_tokenizer(read_sentencepiece(source))
         _add_special_tokens(tokenizer, special)

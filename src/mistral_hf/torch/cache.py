@@ -5,9 +5,10 @@ Legend: B batch, K key/value heads, D head_dim, W window.
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Stati
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .cache_file import load_cache, save_cache
 from .rolling_layer import RollingLayer, power_of_two
 from .static_layer import StaticRollingLayer
 
@@ -79,6 +81,54 @@ class RollingCache(Cache):
         """Number of tokens that a layer holds at most, or -1 without a limit."""
         lengths = [layer.get_max_length() for layer in self.layers]
         return -1 if -1 in lengths else max(lengths, default=-1)
+
+    def save_file(self, file: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the tokens to a safetensors file, which appears only when it is complete.
+
+        `load_file` continues from it without the text being read again. What the cache was filled with is not in it:
+        keep the ids, and which model it was, in `metadata` or elsewhere.
+
+        Args:
+            file: The file to write, or to replace.
+            metadata: Strings to keep in the file, as safetensors does; ``safetensors.safe_open(file,
+                "pt").metadata()`` returns them.
+
+        Raises:
+            OSError: The file cannot be written.
+
+        Example:
+            >>> cache.save_file("prefix.safetensors")  # doctest: +SKIP
+            >>> cache = RollingCache.load_file("prefix.safetensors", model.config, model.device)  # doctest: +SKIP
+        """
+        save_cache(self.layers, file, metadata or {})
+
+    @classmethod
+    def load_file(
+        cls,
+        file: str | Path,
+        config: PreTrainedConfig,
+        device: torch.device | str | Sequence[torch.device | str] = "cpu",
+        max_cache_len: int | None = None,
+    ) -> "RollingCache":
+        """Read a cache that `save_file` wrote.
+
+        Args:
+            file: The file.
+            config: The configuration of the model that filled the cache. Its weights must be the same too, which is not
+                checked.
+            device: Where the model is, or a device for each layer.
+            max_cache_len: Load into fixed buffers, as in the constructor.
+
+        Returns:
+            A cache that continues as the saved one would have.
+
+        Raises:
+            ValueError: The file is damaged, holds no cache, or one of another window or another shape.
+            OSError: The file cannot be read.
+        """
+        cache = cls(config, max_cache_len)
+        load_cache(cache.layers, file, config.get_text_config(decoder=True), device)
+        return cache
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield each layer's visible keys and values, oldest first, and ``[tokens so far, W or 0]``."""
@@ -158,8 +208,5 @@ def _gathered_layer(keys: Tensor, values: Tensor, counts: Tensor) -> RollingLaye
     """A layer with the tokens of several replicas; those of the first replica say how many there were."""
     length, window = counts[0].tolist()
     layer = RollingLayer(window or None)
-    layer.lazy_initialization(keys, values)
-    layer.cumulative_length = layer.oldest = length - keys.shape[2]
-    layer._reserve(keys.shape[2])
-    layer._store(keys, values)
+    layer.restore(keys, values, length)
     return layer

@@ -80,6 +80,14 @@ class RingLayer(CacheLayerMixin):
             self.value_buffer = self.value_buffer.to(device, non_blocking=True)
 
     @abstractmethod
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token that the buffer holds, oldest first; some may have left the window."""
+
+    @abstractmethod
+    def restore(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Fill an empty layer with what `stored` returned after `length` tokens."""
+
+    @abstractmethod
     def _read(self, buffer: Tensor) -> Tensor:
         """The tokens of a buffer in chronological order."""
 
@@ -232,6 +240,18 @@ class RollingLayer(RingLayer):
             rows = beam_idx.to(self.key_buffer.device)
             self.key_buffer = self.key_buffer.index_select(0, rows)
             self.value_buffer = self.value_buffer.index_select(0, rows)
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token that the buffer holds, oldest first; some may have left the window."""
+        start, end = self.oldest, self.cumulative_length
+        return self._span(self.key_buffer, start, end), self._span(self.value_buffer, start, end)
+
+    def restore(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Fill an empty layer with what `stored` returned after `length` tokens."""
+        self.lazy_initialization(keys, values)
+        self.cumulative_length = self.oldest = length - keys.shape[2]
+        self._reserve(keys.shape[2])
+        self._store(keys, values)
 
     def _read(self, buffer: Tensor) -> Tensor:
         return self._span(buffer, self._first_visible(self.cumulative_length), self.cumulative_length)

@@ -137,12 +137,24 @@ class StaticRollingLayer(RingLayer):
             )
         self.cumulative_length.sub_(count)
 
-    def _read(self, buffer: Tensor) -> Tensor:
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every token that the buffer holds, oldest first."""
+        return self._tokens(self.key_buffer), self._tokens(self.value_buffer)
+
+    def restore(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Fill an empty layer with what `stored` returned after `length` tokens."""
+        self.lazy_initialization(keys, values)
+        self.cumulative_length.fill_(length - keys.shape[2])
+        self.update(keys, values)
+
+    def _tokens(self, buffer: Tensor) -> Tensor:
         end = int(self.cumulative_length)
-        count = min(end, self.max_cache_len)
-        order = torch.arange(end - count, end, device=buffer.device) % self.max_cache_len
-        tokens = buffer.index_select(2, order)
-        return nn.functional.pad(tokens, (0, 0, 0, max(0, self.shown - count)))
+        order = torch.arange(end - min(end, self.max_cache_len), end, device=buffer.device) % self.max_cache_len
+        return buffer.index_select(2, order)
+
+    def _read(self, buffer: Tensor) -> Tensor:
+        tokens = self._tokens(buffer)
+        return nn.functional.pad(tokens, (0, 0, 0, max(0, self.shown - tokens.shape[2])))
 
     def _replaced(self, buffer: Tensor | None, states: Tensor) -> Tensor:
         raise ValueError(

@@ -1,7 +1,10 @@
 """The command line, in this process, and once as a program."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sysconfig
 from importlib.metadata import version
@@ -15,15 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from typer.testing import CliRunner
 
 import mistral_hf
-from mistral_hf import cli, registration
+from mistral_hf import registration
 from mistral_hf.bundled import BUNDLED_CHECKPOINT
+from mistral_hf.cli import app, application, info
+from mistral_hf.cli.loading import load
+from mistral_hf.cli.options import Dtype, GenerationOptions, LoadOptions
 
 PROMPT = "The captain looked out over the sea and"
 SHORT = ("--max-new-tokens", "12")
 
 
 def run(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(cli.app, arguments, input=stdin)
+    return CliRunner().invoke(app, arguments, input=stdin)
 
 
 def text_of(*arguments: str, stdin: str | None = None) -> str:
@@ -67,9 +73,56 @@ def test_a_prompt_from_standard_input_is_read_in_chunks() -> None:
     assert text == reference_text("float32", do_sample=False)
 
 
+def test_json_holds_the_text_and_the_counts() -> None:
+    result = json.loads(text_of(PROMPT, "--greedy", "--json", *SHORT))
+    assert (result["prompt"], result["new_tokens"]) == (PROMPT, 12)
+    assert f"{PROMPT}{result['text']}".strip() == reference_text(do_sample=False)
+    assert result["prompt_tokens"] == len(AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)(PROMPT).input_ids)
+    assert 0 < result["seconds_to_first_token"] < result["seconds"]
+    assert result["tokens_per_second"] > 0
+    beams = json.loads(text_of(PROMPT, "--greedy", "--json", "--num-beams", "2", *SHORT))
+    assert (beams["new_tokens"], beams["seconds_to_first_token"]) == (12, None)
+
+
+def test_stats_go_to_standard_error() -> None:
+    result = run("generate", PROMPT, "--greedy", "--stats", *SHORT)
+    assert result.stdout.strip() == reference_text(do_sample=False)
+    assert re.search(r"\d+ tokens read, 12 generated in .* s: .* tokens/s", result.stderr)
+
+
+@pytest.mark.parametrize("spelling", ["--max-new-tokens", "--max_new_tokens"])
+def test_options_are_spelled_with_dashes_or_underscores(spelling: str) -> None:
+    assert text_of(PROMPT, "--greedy", spelling, "12") == reference_text(do_sample=False)
+
+
+def test_ctrl_c_in_generate_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(model: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", interrupted)
+    before = signal.signal(signal.SIGINT, lambda number, frame: None)
+    try:
+        result = run("generate", PROMPT)
+        assert (result.exit_code, result.stderr) == (130, "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_info_is_json_on_request() -> None:
+    tables = json.loads(run("info", "--json").stdout)
+    assert tables["versions"]["torch"] == version("torch")
+    assert tables["attention"]["sdpa"] == "usable"
+    assert list(tables) == ["versions", "classes", "attention", "devices", "checkpoints"]
+
+
 def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
     received: dict[str, Any] = {}
-    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", lambda model, **options: received.update(options))
+
+    def generate(model: Any, **options: Any) -> torch.Tensor:
+        received.update(options)
+        return options["input_ids"]
+
+    monkeypatch.setattr(mistral_hf.MistralForCausalLM, "generate", generate)
     values = {
         "temperature": 0.5,
         "top_k": 3,
@@ -86,21 +139,21 @@ def test_options_reach_generate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sampling_options_imply_do_sample() -> None:
-    assert cli._generation_options(None, min_p=0.1, num_beams=None) == {"min_p": 0.1, "do_sample": True}
-    assert cli._generation_options(True, num_beams=None) == {"do_sample": True}
-    assert cli._generation_options(False, max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
-    assert cli._generation_options(None, repetition_penalty=1.1) == {"repetition_penalty": 1.1}
+    assert GenerationOptions(min_p=0.1).keywords(num_beams=None) == {"min_p": 0.1, "do_sample": True}
+    assert GenerationOptions(do_sample=True).keywords(num_beams=None) == {"do_sample": True}
+    assert GenerationOptions(do_sample=False).keywords(max_new_tokens=3) == {"max_new_tokens": 3, "do_sample": False}
+    assert GenerationOptions(repetition_penalty=1.1).keywords() == {"repetition_penalty": 1.1}
 
 
 @pytest.mark.parametrize(("name", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
 def test_dtype_and_attention_reach_the_model(name: str, expected: torch.dtype) -> None:
-    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype(name), None, "eager", False)
+    model, _ = load(str(BUNDLED_CHECKPOINT), LoadOptions(dtype=Dtype(name), attn_implementation="eager"))
     assert (model.dtype, model.config._attn_implementation, model.training) == (expected, "eager", False)
 
 
 def test_four_bit_loading_quantizes_linear_layers() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    model, _ = cli._load(str(BUNDLED_CHECKPOINT), cli.Dtype.float32, "cpu", None, True)
+    model, _ = load(str(BUNDLED_CHECKPOINT), LoadOptions(dtype=Dtype.float32, device_map="cpu", load_in_4bit=True))
     projection = model.model.layers[0].mlp.up_proj
     assert isinstance(projection, bitsandbytes.nn.Linear4bit)
     assert (projection.weight.quant_type, projection.compute_dtype) == ("nf4", torch.float32)
@@ -116,7 +169,7 @@ def test_four_bit_loading_quantizes_linear_layers() -> None:
 def test_a_missing_package_is_named_with_its_remedy(
     monkeypatch: pytest.MonkeyPatch, option: tuple[str, ...], missing: str, remedy: str
 ) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
+    monkeypatch.setattr(application, "find_spec", lambda name: None if name == missing else object())
     result = run("generate", PROMPT, *option)
     assert result.exit_code == 2
     assert missing in result.stderr
@@ -170,6 +223,7 @@ def test_another_architecture_is_noted(folder: Path) -> None:
     result = run("generate", PROMPT, "--model", str(folder), *SHORT)
     assert result.exit_code == 0
     assert "LlamaForCausalLM" in result.stderr
+    assert run("generate", PROMPT, "--model", str(folder), "--quiet", *SHORT).stderr == ""
 
 
 def test_info_lists_versions_classes_back_ends_and_devices() -> None:
@@ -190,7 +244,8 @@ def test_info_lists_versions_classes_back_ends_and_devices() -> None:
         assert "not usable: attn_implementation='flash_attention_2'" in shown["flash_attention_2"]
 
 
-def test_info_shows_the_classes_of_the_library_after_unregister(registered: None) -> None:
+def test_info_shows_the_classes_that_the_names_resolve_to(registered: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "register", lambda: None)
     mistral_hf.unregister()
     assert "transformers.models.mistral.modeling_mistral.MistralForCausalLM" in run("info").stdout
 
@@ -200,7 +255,7 @@ def test_info_names_a_missing_compiler_and_a_missing_checkpoint(
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(cli, "BUNDLED_CHECKPOINT", tmp_path / "gone")
+    monkeypatch.setattr(info, "BUNDLED_CHECKPOINT", tmp_path / "gone")
     output = run("info").stdout
     assert "there is no compiler" in output
     assert f"missing: {tmp_path / 'gone'}" in output

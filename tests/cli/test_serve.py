@@ -17,11 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from mistral_hf import cli
 from mistral_hf.bundled import BUNDLED_CHECKPOINT
+from mistral_hf.cli import app, programs
 
 openai: Any = pytest.importorskip("openai")
-for package in cli.SERVER_PACKAGES:
+for package in programs.SERVER_PACKAGES:
     pytest.importorskip(package)
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
@@ -186,7 +186,7 @@ def received(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]
         values.update(model=model, host=host, port=port, compile=compile)
 
     monkeypatch.setattr("transformers.cli.serve.Serve", serve)
-    result = CliRunner().invoke(cli.app, ["serve", *arguments])
+    result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 0, result.output
     return values
 
@@ -204,16 +204,16 @@ def test_options_reach_the_library_as_they_are(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_help_is_that_of_the_library() -> None:
-    result = CliRunner().invoke(cli.app, ["serve", "--help"])
+    result = CliRunner().invoke(app, ["serve", "--help"])
     assert result.exit_code == 0
     assert "Usage: mistral-hf serve" in result.stdout
     assert "--continuous-batching" in result.stdout
 
 
-@pytest.mark.parametrize("missing", cli.SERVER_PACKAGES)
+@pytest.mark.parametrize("missing", programs.SERVER_PACKAGES)
 def test_a_missing_package_is_one_line_with_its_remedy(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == missing else object())
-    result = CliRunner().invoke(cli.app, ["serve", "folder"])
-    assert (result.exit_code, result.stdout) == (1, "")
-    remedy = f"The server needs {missing}, which is not installed: pip install 'mistral_hf[serve]' brings it.\n"
+    monkeypatch.setattr(programs, "find_spec", lambda name: None if name == missing else object())
+    result = CliRunner().invoke(app, ["serve", "folder"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    remedy = f"Error: The server needs {missing}, which is not installed: pip install 'mistral_hf[serve]' brings it.\n"
     assert result.stderr == remedy
