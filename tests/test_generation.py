@@ -336,6 +336,23 @@ def test_a_cache_takes_the_memory_of_one_window(make_model: Any, token_ids: Any)
     assert cache.get_seq_length() == 519
 
 
+@pytest.mark.parametrize("make_model", ["ministral"], indirect=True)
+def test_only_the_layers_of_full_attention_grow_with_the_text(make_model: Any, token_ids: Any) -> None:
+    kinds = ["full_attention", *["sliding_attention"] * 3]
+    model = make_model(num_hidden_layers=4, layer_types=kinds)
+    sizes = []
+    for length in (64, 256, 1024):
+        cache = RollingCache(model.config)
+        options = {"cache": cache, "prefill_chunk_size": 64, "max_new_tokens": 2, "do_sample": False}
+        model.generate(token_ids(1, length), **options)
+        sizes.append([layer.key_buffer.untyped_storage().nbytes() for layer in cache.layers])
+    full, *sliding = zip(*sizes, strict=True)
+    assert [set(layer) for layer in sliding] == [{2 * 8 * 12 * 4}] * 3
+    assert [size // (2 * 12 * 4) for size in full] == [128, 512, 2048]  # 1, 4 and 16 times the text, and the next token
+
+
+
+
 @FAMILY
 def test_continuous_batching_matches_generate(make_model: Any) -> None:
     model = make_model()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import random
 import shutil
 import struct
@@ -398,6 +399,9 @@ def test_raw_files_are_read_with_or_without_mistral_common(
 
 def test_a_tekken_file_comes_first_and_differing_files_are_refused(tmp_path: Path) -> None:
     assert find_raw_tokenizer(tmp_path) is None
+    os.mkfifo(tmp_path / "tokenizer.model")  # reading it would wait for a writer
+    assert find_raw_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"a")
     (tmp_path / "tokenizer.model.v3").write_bytes(b"a")
     assert find_raw_tokenizer(tmp_path) == tmp_path / "tokenizer.model.v3"

@@ -111,7 +111,7 @@ class ConversionOptions:
             metavar="SIZE", help="Largest output file of a model.", show_default="5GB; of raw weights no limit"
         ),
     ] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what a conversion wrote before.")] = False
     quiet: QuietOption = False
 
     def keywords(self) -> dict[str, Any]:

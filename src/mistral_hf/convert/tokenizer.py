@@ -46,7 +46,7 @@ def find_raw_tokenizer(folder: str | Path) -> Path | None:
     """
     for parent in (Path(folder), Path(folder) / "original"):
         for patterns in RAW_TOKENIZER_FILES:
-            files = sorted(file for pattern in patterns for file in parent.glob(pattern))
+            files = sorted(file for pattern in patterns for file in parent.glob(pattern) if file.is_file())
             if len({file.read_bytes() for file in files}) > 1:
                 names = ", ".join(file.name for file in files)
                 raise ValueError(f"{parent} holds several tokenizers ({names}): remove all but one.")
