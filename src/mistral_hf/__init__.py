@@ -14,7 +14,12 @@ from .configuration_mistral import MistralConfig
 if TYPE_CHECKING:
     from . import chat, convert
     from .chat import encode_conversation, get_chat_template, validate_conversation
-    from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
+    from .modeling_flax_mistral import (
+        FlaxLoraAdapter,
+        FlaxMistralForCausalLM,
+        FlaxMistralForSequenceClassification,
+        FlaxMistralModel,
+    )
     from .modeling_mistral import (
         MistralForCausalLM,
         MistralForQuestionAnswering,
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED_CHECKPOINT",
+    "FlaxLoraAdapter",
     "FlaxMistralForCausalLM",
+    "FlaxMistralForSequenceClassification",
     "FlaxMistralModel",
     "MistralConfig",
     "MistralForCausalLM",
@@ -55,7 +62,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
-    "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
+    "modeling_flax_mistral": (
+        "FlaxLoraAdapter",
+        "FlaxMistralForCausalLM",
+        "FlaxMistralForSequenceClassification",
+        "FlaxMistralModel",
+    ),
     "modeling_mistral": (
         "MistralForCausalLM",
         "MistralForQuestionAnswering",

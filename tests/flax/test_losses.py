@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_hf.flax.losses import causal_lm_loss
+from mistral_hf.flax.losses import causal_lm_loss, next_labels
 from tests.helpers.flax_models import arrays, differences, jax, jnp, leaves, to_flax
 
 
@@ -71,7 +71,7 @@ def test_the_loss_never_holds_all_logits(label_smoothing: float) -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     def loss(weight: Any, chunk: int = 1024, labels: Any = labels) -> Any:
-        return causal_lm_loss(states, weight, labels, chunk, label_smoothing=label_smoothing)
+        return causal_lm_loss(states, weight, next_labels(labels), chunk, label_smoothing=label_smoothing)
 
     for chunk in (7, 100, 1024):
         assert abs(float(loss(weight, chunk)) - expected.item()) < 1e-5

@@ -19,20 +19,20 @@ from .beam_search import BeamSearch
 from .cache import FlaxRollingCache
 from .generation import Prompt, Sampling, Strategy
 from .logits import tokens_of_prompts
-from .losses import IGNORE_INDEX, causal_lm_loss
 from .params import Params, to_module
 from .prompt_lookup import PromptLookup
+from .weights import CPU_OPTIONS, Int8Weight, leaves_of
 
 _OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions", "logits_to_keep")
+_LOSS_OPTIONS = ("chunk", "label_smoothing", "problem")
 
 
 class ForwardPrograms(NamedTuple):
-    """The forward pass and the language-model loss of a model.
+    """The forward pass and the loss of a model.
 
     Attributes:
         forward: Takes weights, and the arguments of the module's call.
-        loss: Takes weights, ids, mask, positions, labels and a dropout key (all but the first two may be None), and
-            the static ``label_smoothing``.
+        loss: Takes weights, and the arguments of the module's `loss`.
     """
 
     forward: Callable[..., Any]
@@ -46,33 +46,12 @@ def forward_programs(graph: Any) -> ForwardPrograms:
     def forward(params: Params, *inputs: Any, **options: Any) -> Any:
         return to_module(graph, params)(*inputs, **options)
 
-    def loss(
-        params: Params,
-        ids: Array,
-        mask: Array | None,
-        position_ids: Array | None,
-        labels: Array | None,
-        dropout_key: Array | None,
-        *,
-        label_smoothing: float,
-    ) -> Array:
-        module = to_module(graph, params)
-        states = module.model(ids, mask, position_ids, dropout_key=dropout_key).last_hidden_state
-        if labels is None:
-            labels = ids if mask is None else _real_labels(ids, mask)
-        restarting = position_ids if mask is None else None  # under a mask, a row is one sequence
-        return causal_lm_loss(
-            states, module.output_weight, labels, position_ids=restarting, label_smoothing=label_smoothing
-        )
+    def loss(params: Params, *inputs: Any, **options: Any) -> Array:
+        return to_module(graph, params).loss(*inputs, **options)
 
-    forward_program = jax.jit(forward, static_argnames=_OUTPUT_OPTIONS)
-    return ForwardPrograms(forward_program, jax.jit(loss, static_argnames="label_smoothing"))
-
-
-def _real_labels(ids: Array, mask: Array) -> Array:
-    """Ids ``[B, S]`` as labels, ignored where they are padding or follow padding."""
-    real = mask.astype(bool)
-    return jnp.where(real & jnp.pad(real, ((0, 0), (1, 0)))[:, :-1], ids, IGNORE_INDEX)
+    return ForwardPrograms(
+        jax.jit(forward, static_argnames=_OUTPUT_OPTIONS), jax.jit(loss, static_argnames=_LOSS_OPTIONS)
+    )
 
 
 class GenerationPrograms(NamedTuple):
@@ -91,13 +70,22 @@ class GenerationPrograms(NamedTuple):
     decode: Callable[..., Any]
 
 
+def compiler_options(params: Params) -> tuple[tuple[str, Any], ...]:
+    """Options of XLA for decoding with these weights; hashable."""
+    wanted = jax.default_backend() == "cpu" and any(isinstance(leaf, Int8Weight) for leaf in leaves_of(params))
+    return tuple(CPU_OPTIONS.items()) if wanted else ()
+
+
 @lru_cache(maxsize=64)
-def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPrograms:
+def generation_programs(
+    graph: Any, options: GenerationOptions, xla_options: tuple[tuple[str, Any], ...] = ()
+) -> GenerationPrograms:
     """The programs for a model and its options, compiled once for every length of prompts.
 
     Args:
         graph: Graph definition of a `MistralForCausalLMModule`.
         options: With N as ``max_new_tokens``; the number of tokens to choose is an argument of the programs.
+        xla_options: From `compiler_options`.
     """
     strategy = _strategy(options)
     guesses = options.prompt_lookup_num_tokens or 0
@@ -121,7 +109,8 @@ def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPro
 
         return lax.while_loop(lambda state: (state.step < until) & strategy.running(state), step, state)
 
-    return GenerationPrograms(strategy, jax.jit(prefill), jax.jit(decode, donate_argnums=1))
+    decoder = jax.jit(decode, donate_argnums=1, compiler_options=dict(xla_options) or None)
+    return GenerationPrograms(strategy, jax.jit(prefill), decoder)
 
 
 def _strategy(options: GenerationOptions) -> Strategy:

@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,19 +23,25 @@ from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
 from .attention import AttentionContext, attend
 from .cache import FlaxRollingCache, empty_cache, oldest_first, store
-from .outputs import FlaxCausalLMOutput, FlaxModelOutput
-from .sequence_layout import packed_segments, positions, real_keys
+from .losses import causal_lm_loss, classification_loss, predicted_labels
+from .outputs import FlaxCausalLMOutput, FlaxModelOutput, FlaxSequenceClassifierOutput
+from .sequence_layout import last_real_token, packed_segments, positions, real_keys
+from .weights import Weight, embedded, linear
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
 _gelu = partial(jax.nn.gelu, approximate=False)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+    "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1 + lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda x: x,
     "mish": jax.nn.mish,
@@ -44,6 +51,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu6": jax.nn.relu6,
     "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
@@ -51,7 +59,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 KeyValues = tuple[Array, Array]
 
 
-class MistralForCausalLMModule(nnx.Module):
+class _Module(nnx.Module):
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Modules of Flax Linen were called so.
+
+        Raises:
+            TypeError: Always; the message has the form of Flax NNX.
+        """
+        raise TypeError(
+            "module.apply is of Flax Linen; a module of Flax NNX holds its weights and is called itself:"
+            " model.module(input_ids). With other weights, call the model, which can be compiled and differentiated:"
+            " model(input_ids, params=params) in place of module.apply({'params': params}, input_ids)."
+        )
+
+
+class MistralForCausalLMModule(_Module):
     """A `MistralModule` and an output layer over the vocabulary, which may share the embeddings' weights.
 
     Args:
@@ -79,9 +101,9 @@ class MistralForCausalLMModule(nnx.Module):
         self.lm_head = None if config.tie_word_embeddings else project(config.hidden_size, config.vocab_size)
 
     @property
-    def output_weight(self) -> Array:
+    def output_weight(self) -> Weight:
         """The output layer's weight ``[V, E]``."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
+        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
 
     def __call__(self, input_ids: Array, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> FlaxCausalLMOutput:
         """Predict the next token at every position, or at the last `logits_to_keep` ones.
@@ -96,8 +118,77 @@ class MistralForCausalLMModule(nnx.Module):
             attentions=outputs.attentions,
         )
 
+    def loss(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        position_ids: Array | None,
+        labels: Array | None,
+        *,
+        dropout_key: Array | None,
+        chunk: int,
+        label_smoothing: float,
+    ) -> Array:
+        """Mean cross-entropy of the next tokens; see `causal_lm_loss`.
 
-class MistralModule(nnx.Module):
+        Without `labels`, they are the tokens that are real and follow a real one.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, dropout_key=dropout_key)
+        labels = predicted_labels(input_ids, attention_mask, position_ids, labels)
+        states, weight = outputs.last_hidden_state, self.output_weight
+        return causal_lm_loss(states, weight, labels, chunk, label_smoothing=label_smoothing)
+
+
+class MistralForSequenceClassificationModule(_Module):
+    """A `MistralModule` and a linear layer on the last real token; arguments as of `MistralForCausalLMModule`."""
+
+    def __init__(
+        self,
+        config: MistralConfig,
+        dtype: Any = jnp.float32,
+        *,
+        scan_layers: bool = False,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.pad_token_id = config.pad_token_id
+        self.model = MistralModule(config, dtype, scan_layers=scan_layers, remat=remat, rngs=rngs)
+        self.score = Linear(config.hidden_size, config.num_labels, dtype=dtype, std=config.initializer_range, rngs=rngs)
+
+    def __call__(
+        self, input_ids: Array, attention_mask: Array | None = None, *args: Any, **kwargs: Any
+    ) -> FlaxSequenceClassifierOutput:
+        """Logits of the classes; arguments are those of `MistralModule`.
+
+        The last token that the mask marks as real is classified; without a mask, the last that is not the padding
+        token; the last one of a row if there is no such token.
+        """
+        outputs = self.model(input_ids, attention_mask, *args, **kwargs)
+        last = last_real_token(input_ids, attention_mask, self.pad_token_id)
+        states = outputs.last_hidden_state[jnp.arange(len(last)), last]
+        return FlaxSequenceClassifierOutput(
+            logits=linear(states, self.score.weight.get_value()),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def loss(
+        self,
+        input_ids: Array,
+        attention_mask: Array | None,
+        position_ids: Array | None,
+        labels: Array,
+        *,
+        dropout_key: Array | None,
+        problem: str,
+    ) -> Array:
+        """The loss of the classes; see `classification_loss`."""
+        logits = self(input_ids, attention_mask, position_ids, dropout_key=dropout_key).logits
+        return classification_loss(logits, labels, problem)
+
+
+class MistralModule(_Module):
     """The decoder: embeddings, layers and the last norm; arguments are those of `MistralForCausalLMModule`."""
 
     def __init__(
@@ -184,7 +275,7 @@ class MistralModule(nnx.Module):
         Of its last tokens, `slack` can be taken back.
         """
         slots = min((self.window or max_length) + slack, max_length)
-        shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
+        shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.get_value().dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 
     def _run_layers(
@@ -334,7 +425,7 @@ class MistralMLP(nnx.Module):
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act={config.hidden_act!r} is not among the activations of the JAX port:"
+                f"hidden_act={config.hidden_act!r} has weights of its own, which the JAX port does not have; it has"
                 f" {', '.join(ACTIVATIONS)}. Use the PyTorch model for this checkpoint."
             )
         self.hidden_act = config.hidden_act
@@ -391,7 +482,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Map ids ``[...]`` to ``[..., E]``."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        return embedded(ids, self.weight.get_value())
 
 
 class Linear(nnx.Module):
@@ -402,10 +493,4 @@ class Linear(nnx.Module):
 
     def __call__(self, states: Array) -> Array:
         """Map ``[..., in]`` to ``[..., out]``."""
-        return linear(states, self.weight[...])
-
-
-def linear(states: Array, weight: Array) -> Array:
-    """``states @ weight.T``, accumulated in float32 and returned in the dtype of `states`."""
-    contract = (((states.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(states, weight, contract, preferred_element_type=jnp.float32).astype(states.dtype)
+        return linear(states, self.weight.get_value())
