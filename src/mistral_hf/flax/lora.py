@@ -197,8 +197,8 @@ class FlaxLoraAdapter:
         stacks: dict[str, dict[int, tuple[Any, Any]]] = {}
         for name in list(pairs):
             number = re.search(r"layers\.(\d+)\.", name)
-            if name not in weights and number is not None:
-                stacked = name.replace(number[0], "layers.", 1)
+            stacked = name.replace(number[0], "layers.", 1) if number is not None else name
+            if number is not None and stacked in weights:
                 stacks.setdefault(stacked, {})[int(number[1])] = pairs.pop(name)
         for name, layers in stacks.items():
             down, up = zip(*(layers[index] for index in sorted(layers)), strict=True)

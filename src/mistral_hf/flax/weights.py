@@ -67,11 +67,12 @@ class Int8Weight:
 
     def product(self, states: Array) -> Array:
         """``states @ weight.T`` in float32."""
-        rows = math.prod(states.shape[:-1])
-        if rows > FEW_ROWS:
-            return _product(states, self.values.astype(states.dtype)) * self.scale
+        # Else the compiler converts all weights before a loop, and keeps them in float32.
+        values, states = lax.optimization_barrier((self.values, states))
+        if math.prod(states.shape[:-1]) > FEW_ROWS:
+            return _product(states, values.astype(states.dtype)) * self.scale
         wide = states.astype(jnp.float32)[..., None, :]
-        return (self.values.astype(jnp.float32) * wide).sum(axis=-1) * self.scale
+        return (values.astype(jnp.float32) * wide).sum(axis=-1) * self.scale
 
 
 @jax.jit
