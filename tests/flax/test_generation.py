@@ -52,7 +52,7 @@ def new_tokens(model: Any, inputs: dict[str, Any], **options: Any) -> Any:
 
 
 def test_trained_weights_give_the_logits_and_tokens_of_pytorch(bundled: tuple[Any, Any]) -> None:
-    """Logits within 3e-4 of float64; 128 equal tokens, past the window of 128, from left-padded prompts."""
+    """Logits within 1e-4 of float64; 128 equal tokens, past the window of 128, from left-padded prompts."""
     ours, twin = bundled
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
     prompts = ["Once upon a time", "It is a truth universally acknowledged, that a single man", "The President"]
@@ -65,7 +65,7 @@ def test_trained_weights_give_the_logits_and_tokens_of_pytorch(bundled: tuple[An
     text = tokenizer((BUNDLED_CHECKPOINT / "heldout.txt").read_text()[:3000])["input_ids"][:400]
     weights = {name: weight.double() for name, weight in ours.state_dict().items()}
     expected = reference.logits(weights, ours.config, torch.tensor([text]))
-    assert differences(twin(np.array([text])).logits, expected) < 3e-4
+    assert differences(twin(np.array([text])).logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, None])

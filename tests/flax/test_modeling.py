@@ -126,9 +126,12 @@ def test_activations_match_transformers(name: str) -> None:
     assert differences(flax_layers.ACTIVATIONS[name](array(x)), ACT2FN[name](x)) < 2e-6
 
 
-def test_an_unknown_activation_is_refused(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"'xielu'.*silu"):
-        mistral_hf.FlaxMistralModel(MistralConfig(**tiny(hidden_act="xielu")))
+def test_only_activations_with_weights_are_missing_and_refused(tiny: Any) -> None:
+    missing = ACT2FN.keys() - flax_layers.ACTIVATIONS.keys()
+    assert missing == {name for name in ACT2FN if list(ACT2FN[name].parameters())} == {"prelu", "xielu"}
+    for name in missing:
+        with pytest.raises(ValueError, match=rf"'{name}' has weights of its own.*silu"):
+            mistral_hf.FlaxMistralModel(MistralConfig(**tiny(hidden_act=name)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -361,3 +364,21 @@ def test_labels_outside_the_vocabulary_are_refused(twin: Any) -> None:
     ids = np.ones((1, 5), int)
     with pytest.raises(ValueError, match=r"labels\[0, 0\] = -5.*\[0, 99\)"):
         twin.loss(ids, labels=ids - 6)
+
+
+def test_a_model_shows_what_it_is(twin: Any) -> None:
+    text = repr(twin)
+    count = sum(leaf.size for leaf in jax.tree.leaves(twin.params))
+    parts = (f"{count:,} parameters in float32", "2 layers of 32", "4 heads of 12 (2 for", "window 8", "rotary default")
+    for part in ("FlaxMistralForCausalLM(", *parts):
+        assert part in text
+    assert "not initialised" in repr(type(twin)(twin.config, _do_init=False))
+    assert "Int8Weight" not in text
+    other = type(twin)(twin.config)
+    other.quantize()
+    assert "in float32 and Int8Weight" in repr(other)
+
+
+def test_flax_displays_the_module(twin: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    nnx.display(twin.module)
+    assert "q_proj" in capsys.readouterr().out + repr(twin.module)
