@@ -1,8 +1,8 @@
 """What PyTorch's model does, and where each port is shown to do it: one table, for a test and for the docs.
 
-``python -m tests.ports_features`` prints it in Markdown. A port's cell is the id of a test in its folder, ``file::test``,
-or a sentence in parentheses that says what it has instead. A framework is a column: add its name to `PORTS`, and its cell
-to every row.
+``python -m tests.ports_features`` prints it in Markdown. A port's cell is the id of a test in its folder,
+``file::test``, or in parentheses what it has instead. A framework is a column: add its name to `PORTS`, and its cell to
+every row.
 """
 
 from __future__ import annotations

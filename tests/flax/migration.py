@@ -1,8 +1,8 @@
 """Calls as they were written for the Flax classes of Transformers 4, each with its form here; a test runs every row.
 
-``python -m tests.flax.migration`` prints the table in Markdown. In the code, `folder` holds a checkpoint, `config` is its
-configuration, `model` a `FlaxMistralForCausalLM` with the weights `params`; `ids` and `mask` are a batch, `key` is a
-random key.
+``python -m tests.flax.migration`` prints the table in Markdown. In the code, `folder` holds a checkpoint, `config` its
+configuration, and `target` nothing; `model` is a `FlaxMistralForCausalLM` with the weights `params`; `ids` and
+`mask` are a batch, and `key` is a random key.
 """
 
 from typing import NamedTuple
