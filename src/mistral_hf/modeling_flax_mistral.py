@@ -19,7 +19,8 @@ from jax import Array
 from transformers import GenerationConfig
 
 from .flax.compiled import compiler_options, forward_programs, generation_programs, new_tokens
-from .flax.layers import MistralForCausalLMModule, MistralForSequenceClassificationModule, MistralModule
+from .flax.heads import MistralForCausalLMModule, MistralForSequenceClassificationModule
+from .flax.layers import MistralModule
 from .flax.lora import FlaxLoraAdapter as FlaxLoraAdapter
 from .flax.losses import CHUNK, predicted_labels
 from .flax.outputs import FlaxGenerateOutput

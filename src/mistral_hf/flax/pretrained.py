@@ -198,8 +198,8 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
     def quantize(self) -> None:
         """Replace every matrix by the nearest in int8 with a factor for each output, for decoding.
 
-        On a CPU, steps of few sequences take about two thirds of the time of float32; memory is about a quarter.
-        Activations keep their dtype. Such weights are neither trained nor saved.
+        On a CPU, a step of few sequences takes about 0.6 times as long as in float32, a prompt somewhat longer; memory
+        is about a quarter. Activations keep their dtype. Such weights are neither trained nor saved.
 
         Raises:
             ValueError: The model is spread over several devices.
