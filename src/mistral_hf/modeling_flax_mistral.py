@@ -155,7 +155,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         limit = chosen.max_new_tokens
         weights = self.params if params is None else params
         bucket = replace(chosen, max_new_tokens=round_up_to_bucket(limit))
-        programs = generation_programs(self._graph, bucket, compiler_options(weights))
+        programs = generation_programs(self._graph, bucket, *compiler_options(weights))
         left = ((0, 0), (round_up_to_bucket(prompt.shape[1]) - prompt.shape[1], 0))
         ids, real = (shard_rows(np.pad(x, left), self.mesh) for x in (prompt, real))
         key = jax.random.key(0) if prng_key is None else prng_key

@@ -106,7 +106,7 @@ def test_decoding_reads_int8_without_storing_it_in_float32(make_model: Any) -> N
     jax.config.update("jax_disable_most_optimizations", False)
     try:
         options = flax_compiled.compiler_options(twin.params)
-        programs = flax_compiled.generation_programs(twin._graph, GenerationOptions(32, 0), options)
+        programs = flax_compiled.generation_programs(twin._graph, GenerationOptions(32, 0), *options)
         ids = jnp.ones((1, 16), jnp.int32)
         state = jax.eval_shape(programs.prefill, twin.params, ids, ids > 0, 5, jax.random.key(0))
         memory = programs.decode.lower(twin.params, state, 5).compile().memory_analysis().temp_size_in_bytes

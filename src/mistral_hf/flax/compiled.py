@@ -77,15 +77,13 @@ def compiler_options(params: Params) -> tuple[tuple[str, Any], ...]:
 
 
 @lru_cache(maxsize=64)
-def generation_programs(
-    graph: Any, options: GenerationOptions, xla_options: tuple[tuple[str, Any], ...] = ()
-) -> GenerationPrograms:
+def generation_programs(graph: Any, options: GenerationOptions, *xla_options: tuple[str, Any]) -> GenerationPrograms:
     """The programs for a model and its options, compiled once for every length of prompts.
 
     Args:
         graph: Graph definition of a `MistralForCausalLMModule`.
         options: With N as ``max_new_tokens``; the number of tokens to choose is an argument of the programs.
-        xla_options: From `compiler_options`.
+        *xla_options: From `compiler_options`.
     """
     strategy = _strategy(options)
     guesses = options.prompt_lookup_num_tokens or 0
