@@ -351,8 +351,6 @@ def test_only_the_layers_of_full_attention_grow_with_the_text(make_model: Any, t
     assert [size // (2 * 12 * 4) for size in full] == [128, 512, 2048]  # 1, 4 and 16 times the text, and the next token
 
 
-
-
 @FAMILY
 def test_continuous_batching_matches_generate(make_model: Any) -> None:
     model = make_model()

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from .configuration_ministral import MinistralConfig
     from .configuration_ministral3 import Ministral3Config
     from .configuration_mistral import MistralConfig
-    from .modeling_flax_mistral import FlaxMistralForCausalLM, FlaxMistralModel
+    from .modeling_flax_mistral import (
+        FlaxLoraAdapter,
+        FlaxMistralForCausalLM,
+        FlaxMistralForSequenceClassification,
+        FlaxMistralModel,
+    )
     from .modeling_ministral import (
         MinistralForCausalLM,
         MinistralForQuestionAnswering,
@@ -49,7 +54,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUNDLED_CHECKPOINT",
+    "FlaxLoraAdapter",
     "FlaxMistralForCausalLM",
+    "FlaxMistralForSequenceClassification",
     "FlaxMistralModel",
     "Ministral3Config",
     "Ministral3ForCausalLM",
@@ -96,7 +103,12 @@ _HOMES = {
     "chat": ("encode_conversation", "get_chat_template", "validate_conversation"),
     **{f"configuration_{kind.lower()}": (f"{kind}Config",) for kind in _KINDS},
     **{f"modeling_{kind.lower()}": tuple(kind + name for name in _MODELS) for kind in _KINDS},
-    "modeling_flax_mistral": ("FlaxMistralForCausalLM", "FlaxMistralModel"),
+    "modeling_flax_mistral": (
+        "FlaxLoraAdapter",
+        "FlaxMistralForCausalLM",
+        "FlaxMistralForSequenceClassification",
+        "FlaxMistralModel",
+    ),
     "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
     "registration": ("register", "unregister"),
     "torch.cache": ("RollingCache",),

@@ -1,5 +1,6 @@
 """The language-model loss of the JAX port: PyTorch's value and gradients, without ever holding all logits."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mistral_hf.flax.losses import causal_lm_loss
+from mistral_hf.flax.losses import causal_lm_loss, next_labels
 from tests.helpers.flax_models import arrays, differences, jax, jnp, leaves, to_flax
 
 
@@ -71,7 +72,7 @@ def test_the_loss_never_holds_all_logits(label_smoothing: float) -> None:
     expected = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
 
     def loss(weight: Any, chunk: int = 1024, labels: Any = labels) -> Any:
-        return causal_lm_loss(states, weight, labels, chunk, label_smoothing=label_smoothing)
+        return causal_lm_loss(states, weight, next_labels(labels), chunk, label_smoothing=label_smoothing)
 
     for chunk in (7, 100, 1024):
         assert abs(float(loss(weight, chunk)) - expected.item()) < 1e-5
@@ -79,3 +80,41 @@ def test_the_loss_never_holds_all_logits(label_smoothing: float) -> None:
     assert "16,99]" in text
     assert "100,99]" not in text
     assert float(loss(weight, labels=jnp.full((2, 50), -100))) == 0
+
+
+def test_the_chunk_of_the_configuration_or_of_the_call_changes_only_memory(make_model: Any, inputs: Any) -> None:
+    model, given = make_model(loss_chunk_size=3), arrays(inputs)
+    twin = to_flax(model)
+    expected = float(to_flax(make_model()).loss(**given))
+    assert abs(float(twin.loss(**given)) - expected) < 1e-6
+    assert abs(float(twin.loss(**given)) - model(**inputs).loss.item()) < 1e-5
+
+    def program(**options: Any) -> str:
+        return str(jax.make_jaxpr(lambda params: twin.loss(**given, params=params, **options))(twin.params))
+
+    assert "f32[3,99]" in program()
+    assert "f32[5,99]" in program(loss_chunk_size=5)
+    assert "f32[3,99]" not in program(loss_chunk_size=5)
+    for wrong in (0, -2):
+        with pytest.raises(ValueError, match=f"loss_chunk_size={wrong} must be at least 1"):
+            twin.loss(**given, loss_chunk_size=wrong)
+
+
+def test_a_batch_without_a_label_gives_zero_and_a_warning(make_model: Any, inputs: Any) -> None:
+    """Also where positions restart at every token; not within a compiled function, whose values are unknown."""
+    twin, given = to_flax(make_model()), arrays(inputs)
+    ignored = np.full_like(given["labels"], -100)
+    ids, restarts = np.ones((1, 3), int), np.zeros((1, 3), int)
+    calls = {
+        "labels": lambda: twin.loss(**{**given, "labels": ignored}),
+        "jax": lambda: twin.loss(**{**given, "labels": jnp.asarray(ignored)}),
+        "single tokens": lambda: twin.loss(ids[:, :1]),
+        "packed": lambda: twin.loss(ids, position_ids=restarts),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match="All labels of a batch are ignored"):
+            assert float(call()) == 0, name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        twin.loss(**given)
+        assert float(jax.jit(lambda labels: twin.loss(**{**given, "labels": labels}))(ignored)) == 0

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockMistral
 from transformers.utils import hub
+from transformers.utils import logging as library_logging
 
 from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM, FlaxMistralModel, MistralForCausalLM, MistralModel
 from mistral_hf.checkpoints.reader import CheckpointError
@@ -133,3 +134,18 @@ def test_push_to_hub_uploads_what_is_saved_and_a_model_card(make_model: Any, mon
     )
     to_flax(make_model()).push_to_hub("someone/tiny")
     assert uploaded == {"someone/tiny": ["README.md", "config.json", "generation_config.json", "model.safetensors"]}
+
+
+def test_loading_shows_a_bar_that_the_library_can_disable(
+    make_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model().save_pretrained(tmp_path)
+    library_logging.enable_progress_bar()
+    FlaxMistralForCausalLM.from_pretrained(tmp_path)
+    assert "Loading weights" in capsys.readouterr().err
+    library_logging.disable_progress_bar()
+    try:
+        FlaxMistralForCausalLM.from_pretrained(tmp_path)
+    finally:
+        library_logging.enable_progress_bar()
+    assert capsys.readouterr().err == ""

@@ -91,3 +91,10 @@ def test_a_mask_may_cover_the_cached_tokens_but_not_less_than_the_new_ones(twin:
     assert np.array_equal(found, twin([[1], [2]], past_key_values=cache).logits)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1\).*\(2, 2\).*cached tokens may come before"):
         twin([[1, 1], [2, 2]], [[1], [1]], past_key_values=cache)
+
+
+def test_generate_takes_the_mapping_of_a_tokenizer(twin: Any) -> None:
+    """As chat templates return it; PyTorch's `generate` does too."""
+    options = {"max_new_tokens": 3, "do_sample": False}
+    found = twin.generate({"input_ids": IDS, "attention_mask": MASK}, **options).sequences
+    assert np.array_equal(found, twin.generate(IDS, MASK, **options).sequences)

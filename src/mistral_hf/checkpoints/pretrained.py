@@ -68,6 +68,9 @@ class MatchedWeights:
     _names: Mapping[str, str]
     _checkpoint: Checkpoint
 
+    def __len__(self) -> int:
+        return len(self._names)
+
     def stream(self) -> Iterator[tuple[str, Array]]:
         """Yield the model's names with their values, one tensor in memory at a time."""
         for name, stored in self._names.items():

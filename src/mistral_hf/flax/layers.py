@@ -1,4 +1,4 @@
-"""The Flax NNX modules of the JAX port, top-down, named as in the Hugging Face checkpoint.
+"""The Flax NNX modules of the decoder, top-down, named as in the Hugging Face checkpoint.
 
 Every weight has the shape and orientation of the checkpoint: that of a projection is ``[out, in]``.
 
@@ -8,6 +8,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,19 +23,24 @@ from ..configuration_mistral import MistralConfig
 from ..rope import rotary_frequencies
 from .attention import AttentionContext, attend
 from .cache import FlaxRollingCache, empty_cache, oldest_first, store
-from .outputs import FlaxCausalLMOutput, FlaxModelOutput
+from .outputs import FlaxModelOutput
 from .sequence_layout import packed_segments, positions, real_keys
+from .weights import embedded, linear
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
 _gelu = partial(jax.nn.gelu, approximate=False)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": _gelu,
+    "gelu_10": lambda x: jnp.clip(_gelu(x), -10, 10),
+    "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "hardswish": jax.nn.hard_swish,
+    "laplace": lambda x: 0.5 * (1 + lax.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
     "leaky_relu": jax.nn.leaky_relu,
     "linear": lambda x: x,
     "mish": jax.nn.mish,
@@ -44,6 +50,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu6": jax.nn.relu6,
     "sigmoid": jax.nn.sigmoid,
     "silu": jax.nn.silu,
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
@@ -51,8 +58,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 KeyValues = tuple[Array, Array]
 
 
-class MistralForCausalLMModule(nnx.Module):
-    """A `MistralModule` and an output layer over the vocabulary, which may share the embeddings' weights.
+class MistralPreTrainedModule(nnx.Module):
+    """What all modules that a model holds share."""
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Modules of Flax Linen were called so.
+
+        Raises:
+            TypeError: Always; the message has the form of Flax NNX.
+        """
+        raise TypeError(
+            "module.apply is of Flax Linen; a module of Flax NNX holds its weights and is called itself:"
+            " model.module(input_ids). With other weights, call the model, which can be compiled and differentiated:"
+            " model(input_ids, params=params) in place of module.apply({'params': params}, input_ids)."
+        )
+
+
+class MistralModule(MistralPreTrainedModule):
+    """The decoder: embeddings, layers and the last norm.
 
     Args:
         config: The model's configuration.
@@ -64,41 +87,6 @@ class MistralForCausalLMModule(nnx.Module):
     Raises:
         ValueError: The port does not have the activation or the rotary embedding.
     """
-
-    def __init__(
-        self,
-        config: MistralConfig,
-        dtype: Any = jnp.float32,
-        *,
-        scan_layers: bool = False,
-        remat: bool = False,
-        rngs: nnx.Rngs,
-    ) -> None:
-        self.model = MistralModule(config, dtype, scan_layers=scan_layers, remat=remat, rngs=rngs)
-        project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
-        self.lm_head = None if config.tie_word_embeddings else project(config.hidden_size, config.vocab_size)
-
-    @property
-    def output_weight(self) -> Array:
-        """The output layer's weight ``[V, E]``."""
-        return (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight[...]
-
-    def __call__(self, input_ids: Array, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> FlaxCausalLMOutput:
-        """Predict the next token at every position, or at the last `logits_to_keep` ones.
-
-        Other arguments are those of `MistralModule`.
-        """
-        outputs = self.model(input_ids, *args, **kwargs)
-        return FlaxCausalLMOutput(
-            logits=linear(outputs.last_hidden_state[:, -logits_to_keep:], self.output_weight),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class MistralModule(nnx.Module):
-    """The decoder: embeddings, layers and the last norm; arguments are those of `MistralForCausalLMModule`."""
 
     def __init__(
         self,
@@ -178,10 +166,13 @@ class MistralModule(nnx.Module):
             attentions=tuple(weights) if output_attentions else None,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
-        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length."""
-        slots = min(self.window or max_length, max_length)
-        shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
+    def init_cache(self, batch_size: int, max_length: int, slack: int = 0) -> FlaxRollingCache:
+        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length.
+
+        Of its last tokens, `slack` can be taken back.
+        """
+        slots = min((self.window or max_length) + slack, max_length)
+        shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.get_value().dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 
     def _run_layers(
@@ -331,7 +322,7 @@ class MistralMLP(nnx.Module):
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
         if config.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act={config.hidden_act!r} is not among the activations of the JAX port:"
+                f"hidden_act={config.hidden_act!r} has weights of its own, which the JAX port does not have; it has"
                 f" {', '.join(ACTIVATIONS)}. Use the PyTorch model for this checkpoint."
             )
         self.hidden_act = config.hidden_act
@@ -360,16 +351,17 @@ class MistralRMSNorm(nnx.Module):
 
 
 class MistralRotaryEmbedding(nnx.Module):
-    """Rotary position embeddings (Su et al., 2021) of the types in `rope.ROTARY_TYPES`."""
+    """Rotary position embeddings (Su et al., 2021) of every type in `rope.ROTARY_TYPES`."""
 
     def __init__(self, config: MistralConfig) -> None:
-        frequencies, self.scaling = rotary_frequencies(config)
-        self.frequencies = tuple(frequencies.tolist())
+        self.frequencies = rotary_frequencies(config)
 
     def __call__(self, position_ids: Array) -> tuple[Array, Array]:
         """cos and sin ``[B or 1, 1, S, D]`` in float32 for positions ``[B or 1, S]``, the first half of sin negated."""
-        angles = position_ids[:, None, :, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
-        cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
+        positions, scaling = position_ids.astype(jnp.float32), self.frequencies.scaling
+        length = None if self.frequencies.pretrained is None else positions.max() + 1
+        angles = positions[:, None, :, None] * self.frequencies.of_length(length, jnp)
+        cos, sin = jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
         return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
@@ -387,7 +379,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         """Map ids ``[...]`` to ``[..., E]``."""
-        return jnp.take(self.weight[...], ids, axis=0)
+        return embedded(ids, self.weight.get_value())
 
 
 class Linear(nnx.Module):
@@ -398,10 +390,4 @@ class Linear(nnx.Module):
 
     def __call__(self, states: Array) -> Array:
         """Map ``[..., in]`` to ``[..., out]``."""
-        return linear(states, self.weight[...])
-
-
-def linear(states: Array, weight: Array) -> Array:
-    """``states @ weight.T``, accumulated in float32 and returned in the dtype of `states`."""
-    contract = (((states.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(states, weight, contract, preferred_element_type=jnp.float32).astype(states.dtype)
+        return linear(states, self.weight.get_value())

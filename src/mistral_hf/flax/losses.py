@@ -1,6 +1,8 @@
-"""The language-model loss of the JAX port, which never holds all logits.
+"""Losses of the JAX models; that of a language model never holds all logits.
 
-Legend: B batch, S tokens, N tokens of a chunk, E hidden_size, V vocabulary.
+Where every label is ignored, a loss is 0 with zero gradients; `validation.warn_if_all_ignored` reports it.
+
+Legend: B batch, S tokens, N tokens of a chunk, E hidden_size, V vocabulary, C classes or regression targets.
 """
 
 from __future__ import annotations
@@ -9,19 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .layers import linear
+from .weights import Weight, linear
 
 IGNORE_INDEX = -100
-CHUNK = 1024  # tokens whose logits exist together
+CHUNK = 1024  # tokens whose logits exist together, unless the configuration has a loss_chunk_size
 
 
 def causal_lm_loss(
     states: Array,
-    output_weight: Array,
+    output_weight: Weight,
     labels: Array,
     chunk: int = CHUNK,
     *,
-    position_ids: Array | None = None,
     label_smoothing: float = 0.0,
 ) -> Array:
     """Mean cross-entropy of the next tokens.
@@ -31,18 +32,15 @@ def causal_lm_loss(
     Args:
         states: ``[B, S, E]``, the decoder's output.
         output_weight: ``[V, E]``.
-        labels: ``[B, S]`` token ids, ``-100`` where the loss ignores them; they are shifted inside.
+        labels: ``[B, S]``, the token id that each position predicts, ``-100`` where the loss ignores it; see
+            `predicted_labels`.
         chunk: Number of tokens whose logits exist together.
-        position_ids: ``[B or 1, S]``; where they restart, a label is not predicted from the sequence before.
         label_smoothing: Share of the target probability that is spread evenly over the vocabulary.
 
     Returns:
         A float32 scalar; 0 if all labels are ignored.
     """
-    targets = next_labels(labels)
-    if position_ids is not None:
-        targets = within_sequences(targets, position_ids)
-    targets = targets.reshape(-1)
+    targets = labels.reshape(-1)
     states = states.reshape(-1, states.shape[-1])
     chunk = min(chunk, len(targets))
     padding = -len(targets) % chunk
@@ -69,17 +67,51 @@ def _smoothed(log_probs: Array, targets: Array, label_smoothing: float) -> Array
     return (1 - label_smoothing) * losses - label_smoothing * log_probs.mean(axis=-1)
 
 
-def next_labels(labels: Array) -> Array:
-    """The label that each position of ``[B, S]`` predicts; the last one predicts none."""
-    return jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+def real_labels(ids: Array, mask: Array) -> Array:
+    """Ids ``[B, S]`` as labels, ignored where they are padding or follow padding."""
+    real = mask.astype(bool)
+    return jnp.where(real & jnp.pad(real, ((0, 0), (1, 0)))[:, :-1], ids, IGNORE_INDEX)
 
 
-def within_sequences(targets: Array, position_ids: Array) -> Array:
-    """Ignore labels that would be predicted from another packed sequence.
+def predicted_labels(ids: Array, mask: Array | None, position_ids: Array | None, labels: Array | None) -> Array:
+    """The label ``[B, S]`` that each position predicts, for the arguments of a language model's loss."""
+    if labels is None:
+        labels = ids if mask is None else real_labels(ids, mask)
+    return next_labels(labels, position_ids if mask is None else None)  # under a mask, a row is one sequence
+
+
+def next_labels(labels: Array, position_ids: Array | None = None) -> Array:
+    """The label that each position of ``[B, S]`` predicts; the last one predicts none.
 
     Args:
-        targets: ``[B, S]``, the label that each position predicts.
-        position_ids: ``[B or 1, S]``; a sequence begins where they restart.
+        labels: ``[B, S]``.
+        position_ids: ``[B or 1, S]``; where they restart, a label is not predicted from the sequence before.
     """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORE_INDEX)
+    if position_ids is None:
+        return targets
     ends = jnp.pad(jnp.diff(position_ids, axis=1) != 1, ((0, 0), (0, 1)), constant_values=True)
     return jnp.where(ends, IGNORE_INDEX, targets)
+
+
+def classification_loss(logits: Array, labels: Array, problem: str) -> Array:
+    """Loss of a sequence classification head, in float32.
+
+    Args:
+        logits: ``[B, C]``.
+        labels: ``[B]`` class ids, -100 where the loss ignores them; or ``[B, C]`` (``[B]`` if C is 1) targets.
+        problem: As `MistralConfig.problem_type_for` gives it.
+
+    Returns:
+        A scalar: mean squared error, cross-entropy (0 if all labels are ignored) or binary cross-entropy.
+    """
+    logits = logits.astype(jnp.float32)
+    if problem == "single_label_classification":
+        labels = labels.reshape(-1)
+        losses = _smoothed(jax.nn.log_softmax(logits), jnp.maximum(labels, 0), 0.0)
+        kept = labels != IGNORE_INDEX
+        return jnp.where(kept, losses, 0).sum() / jnp.maximum(kept.sum(), 1)
+    targets = labels.reshape(logits.shape).astype(jnp.float32)
+    if problem == "regression":
+        return jnp.square(logits - targets).mean()
+    return (jax.nn.softplus(logits) - targets * logits).mean()

@@ -18,10 +18,18 @@ from .cache import FlaxRollingCache
 class _Output:
     def __getitem__(self, key: str | int) -> Any:
         """A field by its name, or by its index among the fields that are not None."""
-        if isinstance(key, str):
-            return getattr(self, key)
-        values = (getattr(self, field.name) for field in fields(self))
-        return [value for value in values if value is not None][key]
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
+
+    def keys(self) -> tuple[str, ...]:
+        """Names of the fields that are not None."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The fields that are not None, as with ``return_dict=False``."""
+        return tuple(getattr(self, name) for name in self.keys())
 
 
 @jax.tree_util.register_dataclass
@@ -50,6 +58,22 @@ class FlaxCausalLMOutput(_Output):
 
     Attributes:
         logits: ``[B, S or kept, V]``, the scores of the next token at every position.
+        past_key_values, hidden_states, attentions: See `FlaxModelOutput`.
+    """
+
+    logits: Array
+    past_key_values: FlaxRollingCache | None = None
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FlaxSequenceClassifierOutput(_Output):
+    """What `FlaxMistralForSequenceClassification` returns; a pytree.
+
+    Attributes:
+        logits: ``[B, num_labels]``.
         past_key_values, hidden_states, attentions: See `FlaxModelOutput`.
     """
 

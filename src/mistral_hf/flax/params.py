@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -44,9 +44,9 @@ def from_state(state: Any) -> Params:
 def to_module(graph: Any, params: Params) -> Any:
     """The NNX module with this graph definition and these weights."""
 
-    def with_numbers(inner: Params) -> dict[Any, Any]:
+    def with_numbers(inner: Mapping[str, Any]) -> dict[Any, Any]:
         return {
-            int(key) if key.isdigit() else key: with_numbers(value) if isinstance(value, dict) else value
+            int(key) if key.isdigit() else key: with_numbers(value) if isinstance(value, Mapping) else value
             for key, value in inner.items()
         }
 
@@ -75,31 +75,42 @@ class Stacker:
         layers: Number of layers.
         dtype: Of the weights.
         shardings: The sharding of every weight, or None, by its name.
+        packed: Puts a weight into its final form, if that is not one array.
 
     Attributes:
         arrays: The weights so far, by dotted names.
     """
 
-    def __init__(self, layers: int, dtype: Any, shardings: Mapping[str, Any]) -> None:
-        self._layers, self._dtype, self._shardings = layers, dtype, shardings
-        self.arrays: dict[str, Array] = {}
+    def __init__(
+        self, layers: int, dtype: Any, shardings: Mapping[str, Any], packed: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._layers, self._dtype, self._shardings, self._packed = layers, dtype, shardings, packed
+        self.arrays: dict[str, Any] = {}
 
     def put(self, name: str, layer: int | None, tensor: Any) -> None:
         """Add a tensor as the weight `name`, or as one layer of it, and wait until the tensor is no longer needed."""
         tensor = tensor if tensor.dtype == self._dtype else tensor.astype(self._dtype)
         sharding = self._shardings[name]
+        if layer is None or self._packed is not None:
+            tensor = jax.device_put(tensor, sharding if layer is None else None)
+        if self._packed is not None:
+            tensor = self._packed(tensor)
         if layer is None:
-            self.arrays[name] = jax.device_put(tensor, sharding)
+            self.arrays[name] = tensor
         else:
             if name not in self.arrays:
-                self.arrays[name] = jnp.zeros((self._layers, *tensor.shape), self._dtype, device=sharding)
+                self.arrays[name] = jax.tree.map(partial(self._stack, sharding=sharding), tensor)
             self.arrays[name] = _set_layer(self.arrays[name], tensor, layer)
-        self.arrays[name].block_until_ready()
+        jax.block_until_ready(self.arrays[name])
+
+    def _stack(self, tensor: Any, sharding: Any) -> Array:
+        """Zeros for all layers."""
+        return jnp.zeros((self._layers, *tensor.shape), tensor.dtype, device=sharding)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set_layer(stack: Array, tensor: Array, layer: Any) -> Array:
-    return lax.dynamic_update_index_in_dim(stack, tensor, layer, axis=0)
+def _set_layer(stack: Any, tensor: Any, layer: Any) -> Any:
+    return jax.tree.map(lambda whole, part: lax.dynamic_update_index_in_dim(whole, part, layer, axis=0), stack, tensor)
 
 
 def tensors_of(abstract: Params, layers: int, stacked: bool) -> dict[str, tuple[str, int | None, Shape]]:

@@ -28,6 +28,18 @@ def packed_segments(position_ids: Array) -> Array:
     return jnp.pad(jnp.cumsum(restarts, axis=1), ((0, 0), (1, 0)))
 
 
+def last_real_token(input_ids: Array, attention_mask: Array | None, pad_token_id: int | None) -> Array:
+    """Index of the last real token of every row, ``[B]``: by the mask ``[B, S or more]``, else by the padding token."""
+    count = input_ids.shape[1]
+    if attention_mask is not None:
+        real = attention_mask[:, -count:].astype(bool)
+    elif pad_token_id is not None:
+        real = input_ids != pad_token_id
+    else:
+        return jnp.full(input_ids.shape[0], count - 1)
+    return jnp.argmax(real * jnp.arange(1, count + 1), axis=1)
+
+
 def real_keys(mask: Array, past: FlaxRollingCache | None, cache: FlaxRollingCache | None) -> Array:
     """Which keys of the next attention call are not padding, ``[B, T]``; their order is that of `MistralAttention`.
 

@@ -19,6 +19,7 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"(q_proj|k_proj|v_proj|gate_proj|up_proj)\.weight", PartitionSpec("model", None)),
     (r"(o_proj|down_proj)\.weight", PartitionSpec(None, "model")),
     (r"norm\.weight", PartitionSpec(None)),
+    (r"score\.weight", PartitionSpec(None, None)),  # a few classes
 )
 """The end of a weight's name, and how its axes ``[out, in]`` are spread over the mesh."""
 

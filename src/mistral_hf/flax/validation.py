@@ -5,7 +5,8 @@ Legend: B batch, S new tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import warnings
+from collections.abc import Callable, Sized
 from typing import Any
 
 import jax
@@ -104,11 +105,57 @@ def _check_one_sequence(position_ids: Any, attention_mask: Any) -> None:
         )
 
 
+def check_class_labels(labels: Any, rows: int, problem: str, num_labels: int) -> None:
+    """Check the labels of a sequence classification head.
+
+    Args:
+        labels: ``[B]`` class ids or -100; or ``[B, num_labels]`` (``[B]`` if that is 1) targets.
+        rows: B.
+        problem: As `MistralConfig.problem_type_for` gives it.
+        num_labels: Number of classes or targets.
+
+    Raises:
+        ValueError: Shapes do not fit, or a class id is unknown.
+    """
+    shape, single = tuple(labels.shape), problem == "single_label_classification"
+    shapes = [(rows,), (rows, 1)] if single or num_labels == 1 else [(rows, num_labels)]
+    if shape not in shapes or (single and not jnp.issubdtype(labels.dtype, jnp.integer)):
+        raise ValueError(
+            f"labels is {labels.dtype} {shape}, but {problem} of {rows} rows with num_labels={num_labels} needs"
+            f" {'integers ' if single else ''}{shapes[0]}. Set num_labels or problem_type in the config."
+        )
+    if single:
+        check_range("labels", labels, num_labels, labels == IGNORE_INDEX, "the classes are those of config.num_labels")
+
+
+def warn_if_all_ignored(labels: Callable[..., Any], *inputs: Any) -> None:
+    """Warn where no label counts: the loss is 0, and so are its gradients.
+
+    Only where values are known. A compiled function of the caller does not know them, and a report from within it would
+    keep it from being cached and exported.
+
+    Args:
+        labels: From the inputs to what every logit is to predict; -100 where the loss ignores it.
+        *inputs: Arrays, or None.
+    """
+    if all(_is_known(array) for array in inputs if array is not None) and (labels(*inputs) == IGNORE_INDEX).all():
+        warnings.warn(
+            f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this is"
+            " not intended, check the collator, the truncation and the masking of prompts.",
+            stacklevel=3,
+        )
+
+
+def _is_known(array: Any) -> bool:
+    """Whether values are known here: the array is not traced, nor partly on the devices of other processes."""
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
 def _known(array: Any) -> Any:
-    """The values of an array, or None if it is traced or partly on the devices of other processes."""
-    if isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable):
-        return None
-    return np.asarray(array)
+    """The values of an array, or None if they are not known here."""
+    return np.asarray(array) if _is_known(array) else None
 
 
 def _check_cache(cache: FlaxRollingCache, batch: int, count: int, window: int | None) -> None:
@@ -139,7 +186,9 @@ def check_labels(labels: Any, shape: tuple[int, ...], vocab_size: int) -> None:
     check_range("labels", labels, vocab_size, labels == IGNORE_INDEX)
 
 
-def check_range(name: str, ids: Any, count: int, exempt: Any = False) -> None:
+def check_range(
+    name: str, ids: Any, count: int, exempt: Any = False, remedy: str = "use the model's tokenizer"
+) -> None:
     """Check that the ids of a NumPy array lie in ``[0, count)``; reading JAX arrays would wait for the device.
 
     Raises:
@@ -150,4 +199,4 @@ def check_range(name: str, ids: Any, count: int, exempt: Any = False) -> None:
     if (wrong := ((ids < 0) | (ids >= count)) & ~np.asarray(exempt)).any():
         index = tuple(np.argwhere(wrong)[0].tolist())
         where = ", ".join(map(str, index))
-        raise ValueError(f"{name}[{where}] = {ids[index]}, but it must lie in [0, {count}): use the model's tokenizer.")
+        raise ValueError(f"{name}[{where}] = {ids[index]}, but it must lie in [0, {count}): {remedy}.")
