@@ -29,8 +29,8 @@ RULES: dict[str, set[str]] = {
     "modeling_mistral": {"compatibility", "configuration_mistral", "torch"},
     "modeling_flax_mistral": {"checkpoints", "compatibility", "configuration_mistral", "flax", "generation_options"},
     "modeling_tf_mistral": {"checkpoints", "compatibility", "configuration_mistral", "generation_options", "tf"},
-    "modeling_ministral": {"configuration_ministral", "modeling_mistral"},
-    "modeling_ministral3": {"configuration_ministral3", "modeling_mistral"},
+    "modeling_ministral": {"configuration_ministral", "modeling_mistral", "torch"},
+    "modeling_ministral3": {"configuration_ministral3", "modeling_mistral", "torch"},
     "registration": {
         *("configuration_ministral", "configuration_ministral3", "configuration_mistral"),
         *("modeling_ministral", "modeling_ministral3", "modeling_mistral"),

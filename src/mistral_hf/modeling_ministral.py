@@ -10,6 +10,7 @@ from .modeling_mistral import (
     MistralModel,
     MistralPreTrainedModel,
 )
+from .torch.generation import MistralGenerationMixin
 
 
 class MinistralDecoderLayer(MistralDecoderLayer):
@@ -32,7 +33,7 @@ class MinistralModel(MinistralPreTrainedModel, MistralModel):
 MinistralPreTrainedModel.decoder_class = MinistralModel
 
 
-class MinistralForCausalLM(MinistralPreTrainedModel, MistralForCausalLM):
+class MinistralForCausalLM(MinistralPreTrainedModel, MistralForCausalLM, MistralGenerationMixin):
     """The language model; see `MistralForCausalLM`."""
 
 

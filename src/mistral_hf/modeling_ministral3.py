@@ -10,6 +10,7 @@ from .modeling_mistral import (
     MistralModel,
     MistralPreTrainedModel,
 )
+from .torch.generation import MistralGenerationMixin
 
 
 class Ministral3DecoderLayer(MistralDecoderLayer):
@@ -32,7 +33,7 @@ class Ministral3Model(Ministral3PreTrainedModel, MistralModel):
 Ministral3PreTrainedModel.decoder_class = Ministral3Model
 
 
-class Ministral3ForCausalLM(Ministral3PreTrainedModel, MistralForCausalLM):
+class Ministral3ForCausalLM(Ministral3PreTrainedModel, MistralForCausalLM, MistralGenerationMixin):
     """The language model; see `MistralForCausalLM`."""
 
 

@@ -44,7 +44,7 @@ from .torch.losses import (
     warn_without_labels,
 )
 from .torch.norm import rms_norm
-from .torch.rotary import apply_rotary, query_scale, rotary_factors
+from .torch.rotary import apply_rotary, rotary_factors, scale_of_queries
 from .torch.sequence_layout import SequenceLayout
 from .torch.validation import check_input_ids, check_labels, warn_if_too_long
 
@@ -496,19 +496,22 @@ class MistralAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, ...],
+        position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Any = None,
         cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+        query_scale: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
             hidden_states: ``[B, S, E]``.
-            position_embeddings: cos and sin, and the scale of the queries where there is one, as
-                `MistralRotaryEmbedding` gives them.
+            position_embeddings: cos and sin as `MistralRotaryEmbedding` gives them.
             attention_mask: As `attention.make_mask` returns it for the attention implementation.
             cache: The cache, which gets the new keys and values.
+            position_ids: ``[B or 1, S]``, from which `query_scale` is computed if it is not given.
+            query_scale: What queries are multiplied with, ``[B or 1, 1, S, 1]``, if the configuration scales them.
 
         Returns:
             ``[B, S, E]``, and the attention weights ``[B, H, S, T]`` of an implementation that has them.
@@ -517,7 +520,9 @@ class MistralAttention(nn.Module):
         by_head = (batch, length, -1, self.head_dim)
         projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (states.view(by_head).transpose(1, 2) for states in projected)  # [B, H or K, S, D]
-        q, k = apply_rotary(q, k, *position_embeddings)
+        if query_scale is None:
+            query_scale = scale_of_queries(position_ids, self.config.query_scaling, q.dtype)
+        q, k = apply_rotary(q, k, *position_embeddings, query_scale)
         k, v = cached_states(cache, k, v, self.layer_idx, kwargs)  # [B, K, T, D]
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -531,6 +536,7 @@ class MistralAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.config.window_of(self.layer_idx),
+            position_ids=position_ids,
             **kwargs,
         )
         return linear(self.o_proj, output.reshape(batch, length, -1)), weights
@@ -603,7 +609,7 @@ class MistralRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of the rotation in `apply_rotary`.
 
         Args:
@@ -611,14 +617,10 @@ class MistralRotaryEmbedding(nn.Module):
             position_ids: ``[B or 1, S]``.
 
         Returns:
-            cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`; and where the configuration has one, the scale of
-            the queries, ``[B or 1, 1, S, 1]``.
+            cos and sin, each ``[B or 1, S, D]`` in the dtype of `x`.
         """
         angles = position_ids[..., None] * self.inv_freq.to(device=x.device, dtype=torch.float32)
-        factors = rotary_factors(angles, self.attention_scaling, x.dtype)
-        if self.config.query_scaling is None:
-            return factors
-        return *factors, query_scale(position_ids, *self.config.query_scaling, x.dtype)
+        return rotary_factors(angles, self.attention_scaling, x.dtype)
 
 
 class MistralModel(MistralPreTrainedModel):
@@ -688,6 +690,7 @@ class MistralModel(MistralPreTrainedModel):
             cache = RollingCache(self.config)
         warn_if_too_long(layout.keys, inputs_embeds.shape[1], self.config.max_position_embeddings)
         position_embeddings = self.rotary_emb(inputs_embeds, layout.positions)
+        query_scale = scale_of_queries(layout.positions, self.config.query_scaling, inputs_embeds.dtype)
         hidden_states = inputs_embeds
         for layer, window in zip(self.layers, self.config.layer_windows, strict=False):
             hidden_states = layer(
@@ -696,6 +699,7 @@ class MistralModel(MistralPreTrainedModel):
                 position_ids=layout.positions,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
+                query_scale=query_scale,
                 **{CACHE_NAME: cache},
                 **kwargs,
             )

@@ -112,7 +112,13 @@ def test_training_changes_the_matrices_only_and_peft_loads_the_result(
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
     adapter.save_pretrained(tmp_path / "adapter", lora)
+    (tmp_path / "adapter/README.md").write_text("of the user")
     adapter.save_pretrained(tmp_path / "adapter", lora)  # it is replaced
+    assert (tmp_path / "adapter/README.md").read_text() == "of the user"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    with pytest.raises(FileExistsError, match=r"other is not the folder of an adapter \(it holds no adapter_config"):
+        adapter.save_pretrained(tmp_path / "other")
 
     base = MistralForCausalLM(model.config).eval()
     base.load_state_dict(model.state_dict())

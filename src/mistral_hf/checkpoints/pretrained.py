@@ -158,7 +158,7 @@ def save_folder(
         (work / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
         if generation_config is not None:
             generation_config.save_pretrained(work)
-        _keep_other_files(Path(folder), work)
+        keep_other_files(Path(folder), work)
         if (Path(folder) / MANIFEST).is_file():
             write_manifest(work, digests)
 
@@ -172,7 +172,7 @@ def _check_hf_folder(folder: Path) -> None:
         )
 
 
-def _keep_other_files(old: Path, new: Path) -> None:
+def keep_other_files(old: Path, new: Path) -> None:
     """Put the files and folders of a checkpoint that are not weights into the one that replaces it."""
     for path in old.iterdir() if old.is_dir() else ():
         target = new / path.name

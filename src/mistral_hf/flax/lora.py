@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checkpoints.pretrained import locate
+from ..checkpoints.pretrained import keep_other_files, locate
 from ..checkpoints.reader import TensorInfo, open_checkpoint
 from ..checkpoints.writer import LazyTensor, atomic_folder, write_checkpoint
 from ..compatibility import CheckpointError
@@ -41,6 +41,14 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "trainable_token_indices": (None, {}, []),
     "bias": ("none", None),
 }
+
+
+def _check_adapter_folder(folder: Path) -> None:
+    if not (folder / _CONFIG).is_file():
+        raise FileExistsError(
+            f"{folder} is not the folder of an adapter (it holds no {_CONFIG}), so it is not replaced: remove it"
+            " yourself, or save to another folder."
+        )
 
 
 class FlaxLoraAdapter:
@@ -144,7 +152,7 @@ class FlaxLoraAdapter:
         """Write the adapter for PEFT, vLLM and this class.
 
         Args:
-            folder: The target; an adapter in it is replaced.
+            folder: The target; an adapter in it is replaced, and its other files stay.
             params: Matrices in place of the adapter's own, such as trained ones.
 
         Raises:
@@ -156,9 +164,10 @@ class FlaxLoraAdapter:
             for name, matrix in sorted(flat.items())
         ]
         needs = sum(tensor.info.nbytes for tensor in tensors)
-        with atomic_folder(folder, overwrite=True, marks=(_CONFIG,), needs_bytes=needs) as work:
+        with atomic_folder(folder, check_replaceable=_check_adapter_folder, needs_bytes=needs) as work:
             write_checkpoint(work, tensors, stem=_STEM)
             (work / _CONFIG).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n", "utf-8")
+            keep_other_files(Path(folder), work)
 
     def applied(self, base: Params, params: Params | None = None) -> Params:
         """The weights of a model with the adapter beside them: for `params` of every call of the model.

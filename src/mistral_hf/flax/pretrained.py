@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +171,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         if _do_init:
             return model
         params, model._params = model.params, None
-        return model, params
+        return cast(Any, (model, params))
 
     def _load(self, folder: Path, seed: int, load_in_8bit: bool) -> None:
         packed = self._quantized if load_in_8bit else None

@@ -19,10 +19,17 @@ def rotary_factors(angles: Tensor, scaling: float, dtype: torch.dtype) -> tuple[
     return cos, sin
 
 
-def query_scale(positions: Tensor, beta: float, period: int, dtype: torch.dtype) -> Tensor:
-    """What Ministral 3 multiplies queries with, ``1 + beta * log(1 + position // period)``, ``[B or 1, 1, S, 1]``."""
-    scale = 1 + beta * torch.log(1 + torch.floor(positions / period))
-    return scale[:, None, :, None].to(dtype)
+def scale_of_queries(positions: Tensor | None, scaling: tuple[float, int] | None, dtype: torch.dtype) -> Tensor | None:
+    """What Ministral 3 multiplies queries with, ``1 + beta * log(1 + position // period)``, ``[B or 1, 1, S, 1]``.
+
+    Args:
+        positions: ``[B or 1, S]``.
+        scaling: Beta and the period, or None for queries that are not scaled.
+    """
+    if scaling is None or positions is None:
+        return None
+    beta, period = scaling
+    return (1 + beta * torch.log(1 + torch.floor(positions / period)))[:, None, :, None].to(dtype)
 
 
 def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -32,7 +39,7 @@ def apply_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: Tensor |
         q: ``[B, H, S, D]``.
         k: ``[B, K, S, D]``.
         cos, sin: ``[B or 1, S, D]``, of `rotary_factors` or from elsewhere.
-        scale: Of the queries, as of `query_scale`.
+        scale: Of the queries, as of `scale_of_queries`.
     """
     by_head, signed = _prepared(cos, sin)
     half = q.shape[-1] // 2
