@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, QuantizedCache, StaticCache, cache_utils, pipeline
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    cache_utils,
+    pipeline,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockForCausalLM
 
@@ -356,7 +364,8 @@ def test_continuous_batching_matches_generate(make_model: Any) -> None:
     model = make_model()
     prompts = [[5, 6, 7, 8], [9] * 13, [3, 4]]
     config = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    memory = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)  # by default, most of the free memory
+    outputs = model.generate_batch(prompts, config, continuous_batching_config=memory, progress_bar=False)
     written = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     for prompt in prompts:
         ids = torch.tensor([prompt])
