@@ -17,6 +17,7 @@ from mistral_hf.flax import compiled as flax_compiled
 from mistral_hf.flax import layers as flax_layers
 from mistral_hf.flax import sequence_layout as flax_layout
 from mistral_hf.modeling_mistral import MistralRotaryEmbedding
+from mistral_hf.rope import ROTARY_TYPES
 from tests.helpers import reference
 from tests.helpers.flax_models import array, arrays, differences, jax, jnp, leaves, nnx, stacked, to_flax
 
@@ -92,21 +93,31 @@ def test_every_module_matches_pytorch(model: Any, twin: Any, name: str) -> None:
     assert differences(jax.jit(lambda states: ours(states, context)[0])(array(states)), expected) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize("kind", sorted(ROTARY_TYPES))
 def test_rotary_embeddings_match_pytorch(kind: str, tiny: Any, rope_parameters: Any) -> None:
-    config = MistralConfig(**tiny(rope_parameters=rope_parameters(kind), head_dim=32))
-    positions = torch.tensor([[0, 1, 5, 63, 900]])
-    expected = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
-    cos, sin = flax_layers.MistralRotaryEmbedding(config)(array(positions))
-    sign = np.repeat([-1, 1], 16)  # the first half of sin is negated
-    for ours, theirs in zip((cos[:, 0], sin[:, 0] * sign), expected, strict=True):
-        assert differences(ours, theirs) < 1e-4
+    """Of short sequences, and beyond the pretrained lengths (64 of longrope, 1024 of dynamic)."""
+    config = MistralConfig(**tiny(rope_parameters=rope_parameters(kind)))
+    sign = np.repeat([-1, 1], 6)  # the first half of sin is negated
+    for positions in (torch.tensor([[0, 1, 5, 63]]), torch.tensor([[0, 1, 5, 63, 900, 1500]])):
+        expected = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
+        cos, sin = jax.jit(flax_layers.MistralRotaryEmbedding(config))(array(positions))
+        for ours, theirs in zip((cos[:, 0], sin[:, 0] * sign), expected, strict=True):
+            assert differences(ours, theirs) < 2e-4
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional"])
-def test_other_rotary_embeddings_are_refused(kind: str, tiny: Any, rope_parameters: Any) -> None:
-    with pytest.raises(ValueError, match=f"{kind}.*default, linear, llama3, yarn"):
-        mistral_hf.FlaxMistralModel(MistralConfig(**tiny(rope_parameters=rope_parameters(kind))))
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_follow_it_in_generation(
+    make_model: Any, padded: Any, rope_parameters: Any, kind: str
+) -> None:
+    """The pretrained length is passed in the prompt, or while decoding; the longest row decides, not its padding."""
+    parameters = rope_parameters(kind)
+    if kind == "longrope":
+        parameters["original_max_position_embeddings"] = 12
+    model = make_model(rope_parameters=parameters, max_position_embeddings=12, eos_token_id=None)
+    twin, options = to_flax(model), {"max_new_tokens": 9, "do_sample": False}
+    for inputs in (padded(7, 5), padded(19, 9)):
+        assert differences(twin(**arrays(inputs)).logits, model(**inputs).logits, inputs["attention_mask"]) < 5e-5
+        assert np.array_equal(twin.generate(**arrays(inputs), **options)[0], model.generate(**inputs, **options))
 
 
 @pytest.mark.parametrize("name", sorted(flax_layers.ACTIVATIONS))

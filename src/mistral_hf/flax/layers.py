@@ -360,16 +360,17 @@ class MistralRMSNorm(nnx.Module):
 
 
 class MistralRotaryEmbedding(nnx.Module):
-    """Rotary position embeddings (Su et al., 2021) of the types in `rope.ROTARY_TYPES`."""
+    """Rotary position embeddings (Su et al., 2021) of every type in `rope.ROTARY_TYPES`."""
 
     def __init__(self, config: MistralConfig) -> None:
-        frequencies, self.scaling = rotary_frequencies(config)
-        self.frequencies = tuple(frequencies.tolist())
+        self.frequencies = rotary_frequencies(config)
 
     def __call__(self, position_ids: Array) -> tuple[Array, Array]:
         """cos and sin ``[B or 1, 1, S, D]`` in float32 for positions ``[B or 1, S]``, the first half of sin negated."""
-        angles = position_ids[:, None, :, None].astype(jnp.float32) * jnp.asarray(self.frequencies, jnp.float32)
-        cos, sin = jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
+        positions, scaling = position_ids.astype(jnp.float32), self.frequencies.scaling
+        length = None if self.frequencies.pretrained is None else positions.max() + 1
+        angles = positions[:, None, :, None] * self.frequencies.of_length(length, jnp)
+        cos, sin = jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
         return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 

@@ -116,15 +116,17 @@ class RMSNorm(_SingleWeightLayer):
 
 
 class RotaryEmbedding:
-    """Rotary position embeddings (Su et al., 2021), of the types that `rotary_frequencies` supports."""
+    """Rotary position embeddings (Su et al., 2021) of every type in `rope.ROTARY_TYPES`."""
 
     def __init__(self, config: MistralConfig) -> None:
-        self.frequencies, self.scaling = rotary_frequencies(config)
+        self.frequencies = rotary_frequencies(config)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """``cos`` and ``sin`` ``[B or 1, 1, S, D/2]`` in float32, for positions ``[B or 1, S]``."""
-        angles = tf.cast(positions, tf.float32)[:, None, :, None] * tf.constant(self.frequencies)
-        return tf.cos(angles) * self.scaling, tf.sin(angles) * self.scaling
+        positions, scaling = tf.cast(positions, tf.float32), self.frequencies.scaling
+        length = None if self.frequencies.pretrained is None else tf.reduce_max(positions) + 1
+        angles = positions[:, None, :, None] * self.frequencies.of_length(length, tf)
+        return tf.cos(angles) * scaling, tf.sin(angles) * scaling
 
 
 def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
