@@ -23,7 +23,12 @@ if TYPE_CHECKING:
         MistralModel,
         MistralPreTrainedModel,
     )
-    from .modeling_tf_mistral import TFMistralForCausalLM, TFMistralForSequenceClassification, TFMistralModel
+    from .modeling_tf_mistral import (
+        TFMistralForCausalLM,
+        TFMistralForSequenceClassification,
+        TFMistralForTokenClassification,
+        TFMistralModel,
+    )
     from .registration import register, unregister
     from .torch.cache import RollingCache
 
@@ -41,6 +46,7 @@ __all__ = [
     "RollingCache",
     "TFMistralForCausalLM",
     "TFMistralForSequenceClassification",
+    "TFMistralForTokenClassification",
     "TFMistralModel",
     "chat",
     "convert",
@@ -64,7 +70,12 @@ _HOMES = {
         "MistralModel",
         "MistralPreTrainedModel",
     ),
-    "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
+    "modeling_tf_mistral": (
+        "TFMistralForCausalLM",
+        "TFMistralForSequenceClassification",
+        "TFMistralForTokenClassification",
+        "TFMistralModel",
+    ),
     "registration": ("register", "unregister"),
     "torch.cache": ("RollingCache",),
 }
