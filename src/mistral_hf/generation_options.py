@@ -5,6 +5,7 @@ Legend: B batch, S tokens of a prompt.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,10 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    num_return_sequences: int = 1
+    prefill_chunk_size: int | None = None
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
 
     def __post_init__(self) -> None:
         self._check("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1")
@@ -50,6 +55,19 @@ class GenerationOptions:
         self._check("num_beams", self.num_beams >= 1, "must be at least 1")
         self._check("num_beams", not (self.do_sample and self.num_beams > 1), "cannot be sampled: set do_sample=False")
         self._check("early_stopping", isinstance(self.early_stopping, bool), "must be True or False")
+        self._check_number_of_sequences()
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+            value = getattr(self, name)
+            self._check(name, value is None or value >= 1, "must be at least 1, or None")
+        self._check("max_matching_ngram_size", self.max_matching_ngram_size >= 1, "must be at least 1")
+        alone = self.prompt_lookup_num_tokens is None or (self.num_beams == 1 and self.num_return_sequences == 1)
+        self._check("prompt_lookup_num_tokens", alone, "needs num_beams=1 and num_return_sequences=1")
+
+    def _check_number_of_sequences(self) -> None:
+        self._check("num_return_sequences", self.num_return_sequences >= 1, "must be at least 1")
+        possible = self.do_sample or self.num_return_sequences <= self.num_beams
+        rule = f"needs as many beams (num_beams={self.num_beams}), or do_sample=True: greedy search finds one sequence"
+        self._check("num_return_sequences", possible, rule)
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -58,7 +76,8 @@ class GenerationOptions:
 
 _OPTIONS = (
     *("max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "do_sample", "temperature", "top_k", "top_p"),
-    *("min_p", "repetition_penalty", "num_beams", "length_penalty", "early_stopping"),
+    *("min_p", "repetition_penalty", "num_beams", "length_penalty", "early_stopping", "num_return_sequences"),
+    *("prefill_chunk_size", "prompt_lookup_num_tokens", "max_matching_ngram_size"),
 )
 
 _WITHOUT_EFFECT = (
@@ -68,7 +87,11 @@ _WITHOUT_EFFECT = (
 
 
 def generation_options(
-    defaults: GenerationConfig | None, prompt_length: int, generation_config: GenerationConfig | None, **options: Any
+    defaults: GenerationConfig | None,
+    prompt_length: int,
+    generation_config: GenerationConfig | None,
+    lacks: Collection[str] = (),
+    **options: Any,
 ) -> GenerationOptions:
     """Combine the options of one call of `generate`.
 
@@ -76,6 +99,7 @@ def generation_options(
         defaults: The checkpoint's generation config.
         prompt_length: Number of tokens of the prompt, which ``max_length`` includes.
         generation_config: The caller's, which replaces the defaults.
+        lacks: Options that the port does not have.
         **options: The caller's, which override both; None leaves an option unchanged.
 
     Returns:
@@ -84,15 +108,16 @@ def generation_options(
     Raises:
         ValueError: An option is unknown, is not supported by the ports, or has an impossible value.
     """
+    known = [name for name in _OPTIONS if name not in lacks]
     given = {name: value for name, value in options.items() if value is not None}
-    if unknown := sorted(given.keys() - set(_OPTIONS)):
-        raise ValueError(f"generate has no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}.")
+    if unknown := sorted(given.keys() - set(known)):
+        raise ValueError(f"generate has no option {unknown[0]!r}; it takes {', '.join(known)}.")
     base = generation_config if generation_config is not None else defaults or GenerationConfig()
     stored = {name: value for name, value in base.to_diff_dict().items() if value is not None}
-    if foreign := sorted(stored.keys() - set(_OPTIONS) - set(_WITHOUT_EFFECT)):
+    if foreign := sorted(stored.keys() - set(known) - set(_WITHOUT_EFFECT)):
         raise ValueError(
             f"The generation config sets {foreign[0]}={stored[foreign[0]]!r}, which this port does not have: remove it,"
-            f" or use the PyTorch model. The port takes {', '.join(_OPTIONS)}."
+            f" or use the PyTorch model. The port takes {', '.join(known)}."
         )
     fields = {**stored, **given}
     new_tokens = fields.get("max_new_tokens")
@@ -104,15 +129,20 @@ def generation_options(
                 " set max_new_tokens."
             )
     eos = fields.get("eos_token_id")
-    eos_ids = () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(int(token) for token in eos)
+    eos_ids = () if eos is None else tuple(int(token) for token in np.atleast_1d(eos))
     pad = fields.get("pad_token_id")
-    chosen = {name: fields[name] for name in _OPTIONS[4:] if name in fields}
+    chosen = {name: _plain(fields[name]) for name in _OPTIONS[4:] if name in fields}
     return GenerationOptions(
         max_new_tokens=int(new_tokens),
         pad_token_id=int(pad) if pad is not None else eos_ids[0] if eos_ids else 0,
         eos_token_ids=eos_ids,
         **chosen,
     )
+
+
+def _plain(value: Any) -> Any:
+    """A Python number in place of a scalar of NumPy or of a tensor framework."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, vocab_size: int) -> tuple[Array, Array]:

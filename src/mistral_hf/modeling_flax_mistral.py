@@ -109,10 +109,13 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
                 every token as it is chosen. Not with beams.
             **options: ``max_new_tokens``, ``max_length``, ``do_sample``, ``temperature``, ``top_k``, ``top_p``,
                 ``min_p``, ``repetition_penalty``, ``num_beams``, ``length_penalty``, ``early_stopping``,
-                ``eos_token_id`` and ``pad_token_id``, as in the library's `GenerationConfig`.
+                ``eos_token_id``, ``pad_token_id``, ``num_return_sequences``, ``prefill_chunk_size`` (memory of a long
+                prompt), ``prompt_lookup_num_tokens`` and ``max_matching_ngram_size`` (one sequence, several tokens a
+                step where its text repeats itself), as in the library's `GenerationConfig`.
 
         Returns:
-            The prompts and their continuations, padded to the longest row.
+            The prompts and their continuations, padded to the longest row; ``num_return_sequences`` rows for each
+            prompt.
 
         Raises:
             ValueError: Shapes do not fit, the prompt is padded on the right, an id lies outside the vocabulary, or an
@@ -125,6 +128,11 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
             raise ValueError(
                 f"num_beams={chosen.num_beams} cannot be streamed: leave out the streamer, or set num_beams=1."
             )
+        if chosen.prompt_lookup_num_tokens is not None and len(prompt) > 1:
+            raise ValueError(
+                f"prompt_lookup_num_tokens={chosen.prompt_lookup_num_tokens} takes one prompt, not {len(prompt)}: call"
+                " generate for each, or leave it out."
+            )
         # Both lengths are rounded up: similar ones share compiled programs.
         limit = chosen.max_new_tokens
         programs = generation_programs(self._graph, replace(chosen, max_new_tokens=round_up_to_bucket(limit)))
@@ -132,6 +140,7 @@ class FlaxMistralForCausalLM(FlaxMistralPreTrainedModel):
         left = ((0, 0), (round_up_to_bucket(prompt.shape[1]) - prompt.shape[1], 0))
         ids, real = (shard_rows(np.pad(x, left), self.mesh) for x in (prompt, real))
         key = jax.random.key(0) if prng_key is None else prng_key
+        prompt = np.repeat(prompt, chosen.num_return_sequences, axis=0)
         if streamer is not None:
             streamer.put(prompt)
         new = new_tokens(programs, weights, ids, real, limit, key, None if streamer is None else streamer.put)

@@ -122,6 +122,50 @@ def test_beam_search_and_repetition_penalty_match_pytorch(
     assert np.array_equal(new_tokens(twin, arrays(inputs), **options), new_tokens(model, inputs, **options))
 
 
+@pytest.mark.parametrize("window", [5, None])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_a_prompt_read_in_chunks_gives_the_same_tokens(
+    make_model: Any, padded: Any, window: int | None, chunk: int
+) -> None:
+    """Chunks shorter and longer than the window, that the prompt's padding fills, and one for the whole prompt."""
+    model, inputs = make_model(eos_token_id=None, sliding_window=window), padded(21, 4)
+    options = {"max_new_tokens": 9, "do_sample": False, "prefill_chunk_size": chunk}
+    expected = new_tokens(model, inputs, max_new_tokens=9, **GREEDY)
+    assert np.array_equal(new_tokens(to_flax(model), arrays(inputs), **options), expected)
+
+
+def test_a_prompt_in_chunks_takes_the_memory_of_a_chunk(twin: Any) -> None:
+    memory = {}
+    for chunk in (None, 64):
+        programs = flax_compiled.generation_programs(twin._graph, GenerationOptions(16, 0, prefill_chunk_size=chunk))
+        ids = jnp.ones((1, 4096), jnp.int32)
+        lowered = programs.prefill.lower(twin.params, ids, ids > 0, 5, jax.random.key(0))
+        memory[chunk] = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert memory[64] < memory[None] / 8
+
+
+@pytest.mark.parametrize("options", [{}, {"length_penalty": 2.0, "eos_token_id": list(range(20))}], ids=str)
+def test_the_best_beams_are_returned_in_the_order_of_pytorch(
+    model: Any, twin: Any, padded: Any, options: dict[str, Any]
+) -> None:
+    inputs = padded(9, 4)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "num_beams": 4, **options}
+    found = new_tokens(twin, arrays(inputs), num_return_sequences=3, **options)
+    assert np.array_equal(found, new_tokens(model, inputs, num_return_sequences=3, **options))
+    assert len(found) == 6
+
+
+def test_several_samples_of_a_prompt_differ_and_follow_it(twin: Any, padded: Any) -> None:
+    inputs = arrays(padded(9, 4))
+    options = {"max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "num_return_sequences": 3}
+    sequences = twin.generate(**inputs, **options).sequences
+    assert np.array_equal(sequences[:, :9], np.repeat(inputs["input_ids"], 3, axis=0))
+    assert len({tuple(row[9:]) for row in sequences}) == 6
+    narrow = new_tokens(twin, inputs, **{**options, "top_k": 1, "repetition_penalty": 1.5})
+    greedy = new_tokens(twin, inputs, max_new_tokens=6, repetition_penalty=1.5, **GREEDY)
+    assert np.array_equal(narrow, np.repeat(greedy, 3, axis=0))
+
+
 def test_sampling_follows_its_key(twin: Any, token_ids: Any) -> None:
     inputs = {"input_ids": token_ids(1, 5).numpy()}
     options = {"max_new_tokens": 10, "do_sample": True, "temperature": 2.0}

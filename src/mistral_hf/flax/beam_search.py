@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from ..generation_options import GenerationOptions
 from .cache import FlaxRollingCache
+from .generation import Prompt
 from .logits import is_end, penalized, with_tokens
 
 _NEVER = -1e9  # a score that no sequence has
@@ -63,11 +64,11 @@ class BeamSearch:
     options: GenerationOptions
 
     def choose_first(
-        self, logits: Array, cache: FlaxRollingCache, previous_tokens: Array | None, limit: Array, key: Array
+        self, logits: Array, cache: FlaxRollingCache, prompt: Prompt, limit: Array, key: Array
     ) -> BeamState:
         """See `Strategy`; `key` is not used."""
         batch, beams = logits.shape[0], self.options.num_beams
-        rows = jnp.repeat(jnp.arange(batch), beams)
+        rows, previous = prompt.repeated(beams), prompt.previous_tokens
         tokens = jnp.full((batch, beams, self.options.max_new_tokens), self.options.pad_token_id, jnp.int32)
         state = BeamState(
             step=jnp.zeros((), jnp.int32),
@@ -81,15 +82,15 @@ class BeamSearch:
             open=jnp.ones(batch, bool),
             stopped=jnp.zeros((), bool),
             cache=cache,
-            previous_tokens=None if previous_tokens is None else previous_tokens[rows],
+            previous_tokens=None if previous is None else previous[rows],
         )
-        return self.choose_next(state, logits[rows], cache.gather_rows(rows))
+        return self.choose_next(state, logits[rows, None], cache.gather_rows(rows))
 
     def choose_next(self, state: BeamState, logits: Array, cache: FlaxRollingCache) -> BeamState:
         """See `Strategy`."""
         batch, beams = state.scores.shape
         step = state.step + 1
-        scores, parents, last = self._candidates(state, logits)  # [B, C]
+        scores, parents, last = self._candidates(state, logits[:, -1])  # [B, C]
         tokens = jnp.take_along_axis(state.tokens, parents[..., None], axis=1)
         tokens = lax.dynamic_update_slice_in_dim(tokens, last[..., None], state.step, axis=2)  # [B, C, N]
         ends = is_end(last, self.options) | (step >= state.limit)
@@ -156,7 +157,7 @@ class BeamSearch:
     def inputs(self, state: BeamState) -> tuple[Array, FlaxRollingCache]:
         """See `Strategy`."""
         last = lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
-        return last.reshape(-1), state.cache
+        return last.reshape(-1, 1), state.cache
 
     def running(self, state: BeamState) -> Array:
         """See `Strategy`."""
@@ -164,4 +165,6 @@ class BeamSearch:
 
     def result(self, state: BeamState) -> Any:
         """See `Strategy`."""
-        return np.asarray(state.done_tokens)[:, 0, : int(state.done_lengths[:, 0].max())]
+        count = self.options.num_return_sequences
+        length = int(state.done_lengths[:, :count].max())
+        return np.asarray(state.done_tokens)[:, :count, :length].reshape(-1, length)

@@ -67,6 +67,17 @@ class FlaxRollingCache:
         index = self.length - count + jnp.arange(count)
         return jnp.maximum(index - self.start[:, None], 0)
 
+    def without_last(self, dropped: Array, written: int) -> FlaxRollingCache:
+        """The cache without its last `dropped` tokens, of the `written` ones stored in one call.
+
+        What these replaced is lost: within a window, the buffer needs at least that many slots beyond the window.
+        """
+        if written == 1:
+            return self
+        slots = (self.length - 1 - jnp.arange(written)) % self.slots
+        real = self.real.at[:, slots].min(jnp.arange(written) >= dropped)
+        return replace(self, real=real, length=self.length - dropped)
+
     def gather_rows(self, rows: Array) -> FlaxRollingCache:
         """The cache whose rows are those that the indices ``[N]`` name, in that order."""
         axis = 0 if isinstance(self.keys, tuple) else 1

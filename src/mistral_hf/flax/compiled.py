@@ -6,21 +6,22 @@ Legend: B batch, S tokens, N room for new tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from ..generation_options import GenerationOptions
 from .beam_search import BeamSearch
 from .cache import FlaxRollingCache
-from .generation import Sampling, Strategy
+from .generation import Prompt, Sampling, Strategy
 from .logits import tokens_of_prompts
 from .losses import IGNORE_INDEX, causal_lm_loss
 from .params import Params, to_module
+from .prompt_lookup import PromptLookup
 
 _OUTPUT_OPTIONS = ("output_hidden_states", "output_attentions", "logits_to_keep")
 
@@ -98,33 +99,63 @@ def generation_programs(graph: Any, options: GenerationOptions) -> GenerationPro
         graph: Graph definition of a `MistralForCausalLMModule`.
         options: With N as ``max_new_tokens``; the number of tokens to choose is an argument of the programs.
     """
-    strategy: Strategy = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
+    strategy = _strategy(options)
+    guesses = options.prompt_lookup_num_tokens or 0
 
     def prefill(params: Params, ids: Array, real: Array, limit: Array, key: Array) -> Any:
         module = to_module(graph, params)
-        cache = module.model.init_cache(ids.shape[0], ids.shape[1] + options.max_new_tokens)
-        logits, cache = _next_logits(module, ids, real, cache)
+        cache = module.model.init_cache(
+            ids.shape[0], ids.shape[1] + options.max_new_tokens + guesses, slack=guesses + 1 if guesses else 0
+        )
+        logits, cache = _read_prompt(module, ids, real, cache, options.prefill_chunk_size)
         penalty = options.repetition_penalty != 1
         previous_tokens = tokens_of_prompts(ids, real, logits.shape[-1]) if penalty else None
-        return strategy.choose_first(logits, cache, previous_tokens, limit, key)
+        return strategy.choose_first(logits, cache, Prompt(ids, real, previous_tokens), limit, key)
 
     def decode(params: Params, state: Any, until: Array) -> Any:
         module = to_module(graph, params)
 
         def step(state: Any) -> Any:
-            tokens, cache = strategy.inputs(state)
-            ids = tokens[:, None]
-            return strategy.choose_next(state, *_next_logits(module, ids, jnp.ones_like(ids, bool), cache))
+            ids, cache = strategy.inputs(state)
+            return strategy.choose_next(state, *_logits(module, ids, jnp.ones_like(ids, bool), cache, ids.shape[1]))
 
         return lax.while_loop(lambda state: (state.step < until) & strategy.running(state), step, state)
 
     return GenerationPrograms(strategy, jax.jit(prefill), jax.jit(decode, donate_argnums=1))
 
 
-def _next_logits(module: Any, ids: Array, real: Array, cache: FlaxRollingCache) -> tuple[Array, FlaxRollingCache]:
-    """Logits ``[B, V]`` of the last token in float32, and the cache after the tokens ``[B, S]``."""
-    outputs = module(ids, real, None, cache, logits_to_keep=1)
-    return outputs.logits[:, -1].astype(jnp.float32), outputs.past_key_values
+def _strategy(options: GenerationOptions) -> Strategy:
+    if options.num_beams > 1:
+        return BeamSearch(options)
+    return Sampling(options) if options.prompt_lookup_num_tokens is None else PromptLookup(options)
+
+
+def _read_prompt(
+    module: Any, ids: Array, real: Array, cache: FlaxRollingCache, chunk: int | None
+) -> tuple[Array, FlaxRollingCache]:
+    """Logits ``[B, V]`` of the last token, and the cache after prompts ``[B, S]`` read `chunk` tokens at a time."""
+    length = ids.shape[1]
+    if chunk is None or chunk >= length:
+        logits, cache = _logits(module, ids, real, cache, 1)
+        return logits[:, -1], cache
+    padding = ((0, 0), (-length % chunk, 0))
+    ids, real = jnp.pad(ids, padding), jnp.pad(real, padding)
+
+    def read(index: Array, state: tuple[Array, FlaxRollingCache]) -> tuple[Array, FlaxRollingCache]:
+        part = partial(lax.dynamic_slice_in_dim, start_index=index * chunk, slice_size=chunk, axis=1)
+        logits, cache = _logits(module, part(ids), part(real), state[1], 1)
+        return logits[:, -1], cache
+
+    # Chunks before the first real token, which the rounding of the length may add, are left out.
+    first = jnp.argmax(real.any(axis=0)) // chunk
+    start = jnp.zeros((ids.shape[0], module.output_weight.shape[0]), jnp.float32), replace(cache, empty=False)
+    return lax.fori_loop(first, ids.shape[1] // chunk, read, start)
+
+
+def _logits(module: Any, ids: Array, real: Array, cache: FlaxRollingCache, kept: int) -> tuple[Array, FlaxRollingCache]:
+    """Logits ``[B, kept, V]`` of the last tokens in float32, and the cache after the tokens ``[B, S]``."""
+    outputs = module(ids, real, None, cache, logits_to_keep=kept)
+    return outputs.logits.astype(jnp.float32), outputs.past_key_values
 
 
 def new_tokens(
@@ -155,10 +186,13 @@ def new_tokens(
 
 
 def _stream(programs: GenerationPrograms, params: Params, state: Any, limit: int, put: Callable[[Any], None]) -> Any:
-    """Run the loop of `Sampling` one step at a time, and pass on every token."""
-    for step in range(1, limit + 1):
-        put(np.asarray(state.tokens)[:, step - 1])
-        if step == limit or not programs.strategy.running(state):
-            break
-        state = programs.decode(params, state, step + 1)
-    return state
+    """Run the loop one step at a time, and pass on every token."""
+    shown = 0
+    while True:
+        tokens = programs.strategy.result(state)
+        for index in range(shown, tokens.shape[1]):
+            put(tokens[:, index])
+        shown = tokens.shape[1]
+        if shown >= limit or not programs.strategy.running(state):
+            return state
+        state = programs.decode(params, state, shown + 1)

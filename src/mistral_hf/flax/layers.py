@@ -178,9 +178,12 @@ class MistralModule(nnx.Module):
             attentions=tuple(weights) if output_attentions else None,
         )
 
-    def init_cache(self, batch_size: int, max_length: int) -> FlaxRollingCache:
-        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length."""
-        slots = min(self.window or max_length, max_length)
+    def init_cache(self, batch_size: int, max_length: int, slack: int = 0) -> FlaxRollingCache:
+        """An empty cache for `max_length` tokens a row; if that is at least the window, it serves any length.
+
+        Of its last tokens, `slack` can be taken back.
+        """
+        slots = min((self.window or max_length) + slack, max_length)
         shape, dtype = (batch_size, self.kv_heads, slots, self.head_dim), self.embed_tokens.weight.dtype
         return empty_cache(self.layer_count, self.scan_layers, shape, dtype)
 

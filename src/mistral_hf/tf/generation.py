@@ -20,6 +20,7 @@ from .cache import TFRollingCache
 from .logits import is_end, penalized, tokens_of_prompts, warped, with_tokens
 from .shapes import Tensor
 
+_LACKS = ("num_return_sequences", "prefill_chunk_size", "prompt_lookup_num_tokens", "max_matching_ngram_size")
 CHUNK = 1024  # tokens of a prompt that are processed together; a power of two
 
 
@@ -85,7 +86,9 @@ class Generator:
         if tf.is_tensor(input_ids) and tf.is_symbolic_tensor(input_ids):
             return self._within_graph(input_ids, attention_mask, generation_config, seed, streamer, **options)
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)
-        chosen = generation_options(self._model.generation_config, ids.shape[1], generation_config, **options)
+        chosen = generation_options(
+            self._model.generation_config, ids.shape[1], generation_config, lacks=_LACKS, **options
+        )
         if streamer is not None and chosen.num_beams > 1:
             raise ValueError(
                 f"num_beams={chosen.num_beams} cannot be streamed, as beams change until the end: leave streamer out,"
