@@ -20,7 +20,7 @@ from .cache import TFRollingCache
 from .logits import is_end, penalized, tokens_of_prompts, warped, with_tokens
 from .shapes import Tensor
 
-_LACKS = ("num_return_sequences", "prefill_chunk_size", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+_LACKS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 CHUNK = 1024  # tokens of a prompt that are processed together; a power of two
 
 
@@ -86,9 +86,7 @@ class Generator:
         if tf.is_tensor(input_ids) and tf.is_symbolic_tensor(input_ids):
             return self._within_graph(input_ids, attention_mask, generation_config, seed, streamer, **options)
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)
-        chosen = generation_options(
-            self._model.generation_config, ids.shape[1], generation_config, lacks=_LACKS, **options
-        )
+        chosen = self._options(ids.shape[1], generation_config, options)
         if streamer is not None and chosen.num_beams > 1:
             raise ValueError(
                 f"num_beams={chosen.num_beams} cannot be streamed, as beams change until the end: leave streamer out,"
@@ -110,6 +108,12 @@ class Generator:
         new = programs.strategy.result(state)
         return tf.concat([np.repeat(ids, chosen.num_return_sequences, axis=0), new], axis=1)
 
+    def _options(
+        self, prompt_length: int, generation_config: GenerationConfig | None, options: dict[str, Any]
+    ) -> GenerationOptions:
+        defaults = self._model.generation_config
+        return generation_options(defaults, prompt_length, generation_config, lacks=_LACKS, **options)
+
     def _within_graph(
         self,
         ids: Tensor,
@@ -128,7 +132,7 @@ class Generator:
             )
         if streamer is not None:
             raise ValueError("Tokens cannot be streamed out of a graph: call generate outside of tf.function.")
-        chosen = generation_options(self._model.generation_config, ids.shape[1], generation_config, **options)
+        chosen = self._options(ids.shape[1], generation_config, options)
         real = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
         if seed is None:
             seed = tf.random.uniform([], maxval=tf.int32.max, dtype=tf.int32)
