@@ -147,10 +147,11 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
 
     def generate(
         self,
-        input_ids: Any,
+        input_ids: Any = None,
         attention_mask: Any = None,
         generation_config: GenerationConfig | None = None,
         *,
+        inputs: Any = None,
         seed: int | None = None,
         streamer: Any = None,
         jit_compile: bool = True,
@@ -166,6 +167,7 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
                 return it.
             attention_mask: ``[B, S]``, zeros on the padding; None without padding.
             generation_config: Replaces ``self.generation_config``.
+            inputs: The library's name of `input_ids`.
             seed: For sampling; by default drawn from Python's `random` at each call.
             streamer: An object with `put` and `end`, such as the library's `TextStreamer`: it receives the prompt,
                 then every token as it is chosen. Not with beams.
@@ -184,6 +186,9 @@ class TFMistralForCausalLM(TFMistralPreTrainedModel):
             ValueError: Padding is not on the left, an id lies outside the vocabulary, or an option is unknown or has an
                 impossible value.
         """
+        if (input_ids is None) == (inputs is None):
+            raise ValueError(f"Pass input_ids, not {'nothing' if inputs is None else 'also inputs'}.")
+        input_ids = inputs if input_ids is None else input_ids
         if isinstance(input_ids, Mapping):
             return self.generate(
                 **input_ids,
@@ -387,12 +392,7 @@ class TFMistralModel(TFMistralPreTrainedModel):
         ]
         self.norm = RMSNorm(width, config.rms_norm_eps, policy, "norm")
         self.rotary_emb = RotaryEmbedding(config)
-        self.build((None, None))
-
-    @property
-    def output_shape(self) -> tuple[int | None, ...]:
-        """``[B, S, E]`` of ``last_hidden_state``, for `summary`."""
-        return (None, None, self.config.hidden_size)
+        self.built = True
 
     def call(
         self,

@@ -83,6 +83,8 @@ class Generator:
         **options: Any,
     ) -> Tensor:
         """See `TFMistralForCausalLM.generate`."""
+        if seed is not None and np.ndim(seed) > 0:
+            raise ValueError(f"seed={seed!r} must be one integer, not a pair as in old releases: pass seed={seed[0]}.")
         if tf.is_tensor(input_ids) and tf.is_symbolic_tensor(input_ids):
             return self._within_graph(input_ids, attention_mask, generation_config, seed, streamer, **options)
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)

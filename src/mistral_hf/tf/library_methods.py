@@ -153,9 +153,9 @@ class LibraryMethods(keras.Model):
             if tokenizer is not None:
                 collate_fn = DataCollatorWithPadding(tokenizer, return_tensors="np")
         wanted = {*_LABELS, "input_ids", "attention_mask", "position_ids"}
+        dataset = dataset.remove_columns([name for name in dataset.column_names if name not in wanted])
         return dataset.to_tf_dataset(
             batch_size=batch_size,
-            columns=[name for name in dataset.column_names if name in wanted],
             shuffle=shuffle,
             collate_fn=collate_fn,
             collate_fn_args=collate_fn_args,

@@ -44,9 +44,6 @@ class TFMistralPreTrainedModel(PushToHubMixin, LibraryMethods, KerasTraining):
         """Call the model as its `call` says; its first argument may be in any form that `first_argument` takes."""
         return super().__call__(first_argument(input_ids), *args, **kwargs)
 
-    def build(self, input_shape: Any = None) -> None:
-        """Nothing: the weights are there from the beginning."""
-
     def default_initializer(self) -> Any:
         """A normal distribution with standard deviation ``config.initializer_range``, which follows Keras's seed."""
         return keras.initializers.RandomNormal(stddev=self.config.initializer_range)
