@@ -69,6 +69,16 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(
     check_same(make_model(sliding_window=5), padded(30, 3), max_new_tokens=6)
 
 
+@pytest.mark.usefixtures("eagerly")
+def test_frequencies_that_depend_on_the_length_are_those_of_the_whole_prompt(
+    make_model: Any, padded: Any, rope_parameters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processed in chunks, its first tokens would be turned as in a short sequence."""
+    monkeypatch.setattr(tf_generation, "CHUNK", 8)
+    fields = {"max_position_embeddings": 8, "rope_parameters": rope_parameters("dynamic"), "sliding_window": None}
+    check_same(make_model(**fields), padded(30, 24), max_new_tokens=6)
+
+
 def test_a_compiled_prompt_in_chunks_gives_the_same_tokens(
     make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

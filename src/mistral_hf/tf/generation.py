@@ -18,6 +18,7 @@ from ..generation_options import GenerationOptions, check_prompt, generation_opt
 from .beam_search import BeamSearch
 from .cache import TFRollingCache
 from .logits import is_end, penalized, tokens_of_prompts, warped, with_tokens
+from .migration import check_old_options
 from .shapes import Tensor
 
 _LACKS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
@@ -83,8 +84,10 @@ class Generator:
         **options: Any,
     ) -> Tensor:
         """See `TFMistralForCausalLM.generate`."""
+        check_old_options("generate", options)
         if seed is not None and np.ndim(seed) > 0:
-            raise ValueError(f"seed={seed!r} must be one integer, not a pair as in old releases: pass seed={seed[0]}.")
+            first = np.ravel(seed)[0]
+            raise ValueError(f"seed={seed!r} must be one integer, not a pair as in old releases: pass seed={first}.")
         if tf.is_tensor(input_ids) and tf.is_symbolic_tensor(input_ids):
             return self._within_graph(input_ids, attention_mask, generation_config, seed, streamer, **options)
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)
@@ -139,16 +142,20 @@ class Generator:
         if seed is None:
             seed = tf.random.uniform([], maxval=tf.int32.max, dtype=tf.int32)
         programs, ids = _Programs(self._model, chosen, False), tf.cast(ids, tf.int32)
-        fill = [[0, 0], [-ids.shape[1] % _chunk(chosen, ids.shape[1]), 0]]
+        fill = [[0, 0], [-ids.shape[1] % _chunk(self._model, chosen, round_up_to_bucket(ids.shape[1])), 0]]
         limit = tf.constant(chosen.max_new_tokens)
         state = programs.run_prefill(tf.pad(ids, fill), tf.pad(real, fill), limit, tf.cast(seed, tf.int64))
         new = programs.strategy.padded_result(programs.run_decode(state, limit))
         return tf.concat([tf.repeat(ids, chosen.num_return_sequences, axis=0), new], axis=1)
 
 
-def _chunk(options: GenerationOptions, length: int) -> int:
-    """How many tokens of a prompt are processed together: the largest power of two within the limits."""
-    limit = min(options.prefill_chunk_size or CHUNK, length)
+def _chunk(model: Any, options: GenerationOptions, length: int) -> int:
+    """How many tokens of a prompt are processed together: the largest power of two within the limits.
+
+    Frequencies that depend on the length of a call are those of the whole prompt, unless the caller wants chunks.
+    """
+    depends = model.model.rotary_emb.frequencies.pretrained is not None
+    limit = min(options.prefill_chunk_size or (length if depends else CHUNK), length)
     return 1 << (limit.bit_length() - 1)
 
 
@@ -181,7 +188,7 @@ class _Programs:
     def run_prefill(self, ids: Tensor, real: Tensor, limit: Tensor, seed: Tensor) -> Any:
         """The state after the prompts ``[B, P]`` and their first new tokens."""
         length = ids.shape[1]
-        chunk = _chunk(self._options, length)
+        chunk = _chunk(self._model, self._options, length)
         outputs = self._model(
             input_ids=ids[:, :chunk],
             attention_mask=real[:, :chunk],

@@ -16,7 +16,7 @@ from ..checkpoints.reader import TensorInfo, open_checkpoint
 from ..checkpoints.writer import LazyTensor
 from ..compatibility import check_model_type
 from ..configuration_mistral import MistralConfig
-from .library_methods import LibraryMethods
+from .migration import LibraryMethods, check_old_options
 from .training import KerasTraining
 from .validation import first_argument
 
@@ -90,6 +90,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, LibraryMethods, KerasTraining):
                 decoder are missing or unknown or have another shape.
             ValueError: An argument or the dtype is unknown.
         """
+        check_old_options("from_pretrained", overrides)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = locate(name_or_path, **hub)
         stored = _stored_dtype(folder)
@@ -136,8 +137,10 @@ class TFMistralPreTrainedModel(PushToHubMixin, LibraryMethods, KerasTraining):
 
         Raises:
             FileExistsError: The folder holds something other than a checkpoint.
+            ValueError: An argument has another form here.
             TypeError: There are arguments of `push_to_hub`, but nothing is to be uploaded.
         """
+        check_old_options("save_pretrained", kwargs)
         if kwargs and not push_to_hub:
             raise TypeError(
                 f"save_pretrained has no argument {min(kwargs)!r} unless push_to_hub is True: a folder takes"

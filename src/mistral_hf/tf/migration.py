@@ -1,11 +1,13 @@
-"""Methods of the last TensorFlow classes of Transformers, for code that was written for them.
+"""Methods of the TensorFlow classes in Transformers 4, and their options that have another form here.
+
+`tests/tf/migration.py` lists every old form, those that work as they are too.
 
 Legend: B batch, S tokens, E hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,43 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator
 from .shapes import Tensor
 
 _LABELS = ("labels", "label", "label_ids")  # columns that the library's collators call "labels"
+
+_PYTORCH = "the PyTorch model, which quantizes; here dtype='bfloat16' halves the weights"
+_SCORES = "the tokens alone, whose scores are model(tokens).logits"
+
+NEW_FORMS: dict[str, dict[str, str]] = {
+    "from_pretrained": {
+        "from_flax": "nothing: the checkpoints of the JAX port are the same safetensors files",
+        "ignore_mismatched_sizes": "nothing: weights of another head are left out or initialised, with a warning",
+        "load_in_4bit": _PYTORCH,
+        "load_in_8bit": _PYTORCH,
+        "proxies": "the environment variables HTTP_PROXY and HTTPS_PROXY",
+        "quantization_config": _PYTORCH,
+        "resume_download": "nothing: downloads are always resumed",
+        "subfolder": "the folder itself: from_pretrained('folder/subfolder')",
+        "use_auth_token": "token=...",
+    },
+    "save_pretrained": {
+        "signatures": "model.export(folder, input_signature=[...])",
+        "version": "model.export('folder/saved_model/2')",
+    },
+    "generate": {
+        "logits_processor": "options such as repetition_penalty, or a loop over calls with past_key_values",
+        "output_scores": _SCORES,
+        "return_dict_in_generate": _SCORES,
+    },
+}
+
+
+def check_old_options(where: str, options: Mapping[str, Any]) -> None:
+    """Check that a call has no option in a form of before.
+
+    Raises:
+        ValueError: It has; the message says the new form.
+    """
+    for name in options:
+        if name in NEW_FORMS[where]:
+            raise ValueError(f"{where} has no option {name!r} any more. In its place: {NEW_FORMS[where][name]}.")
 
 
 class LibraryMethods(keras.Model):

@@ -1,4 +1,4 @@
-"""Code for the last TensorFlow classes of Transformers runs, or an error names the new form."""
+"""Code for the last TensorFlow classes of Transformers runs, or an error names the new row."""
 
 import os
 from collections.abc import Iterator
@@ -10,15 +10,16 @@ import pytest
 from transformers import BatchEncoding
 
 import mistral_hf
+from mistral_hf.tf.migration import NEW_FORMS
 from tests.helpers.tf_models import keras, tf, to_tf
-from tests.tf.old_forms import OLD_FORMS, Form
+from tests.tf.migration import ROWS, Row, markdown
 
 datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture
 def names(make_model: Any, token_ids: Any, tmp_path: Path) -> dict[str, Any]:
-    """What the expressions of `OLD_FORMS` use."""
+    """What the expressions of `ROWS` use."""
     model = make_model(eos_token_id=None)
     model.save_pretrained(tmp_path / "checkpoint")
     ids = token_ids(2, 5).int().numpy()
@@ -50,20 +51,18 @@ def fast() -> Iterator[None]:
     tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.parametrize("form", OLD_FORMS, ids=lambda form: form.old[:60])
-def test_an_old_form_gives_what_the_new_one_does_or_its_error_says_why_not(
-    form: Form, names: dict[str, Any], request: Any
-) -> None:
-    if "model.generate(" in form.old:
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.old[:60])
+def test_an_old_form_gives_what_the_new_one_does_or_names_it(row: Row, names: dict[str, Any], request: Any) -> None:
+    if "model.generate(" in row.old:
         request.getfixturevalue("fast")
-    if form.refusal is not None:
-        with pytest.raises(Exception, match=f"(?s){form.refusal}"):
-            eval(form.old, dict(names))
-        eval(form.new, dict(names))
+    if row.refused:
+        with pytest.raises(Exception, match=f"(?s){row.refused}"):
+            eval(row.old, dict(names))
+        eval(row.new or row.old, dict(names))
         return
-    old, new = eval(form.old, dict(names)), eval(form.new, dict(names))
-    assert form.equal or type(old) is type(new)
-    if form.equal and new is not None:
+    old, new = eval(row.old, dict(names)), eval(row.new or row.old, dict(names))
+    assert row.equal or type(old) is type(new)
+    if row.equal and new is not None:
         tf.nest.map_structure(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), old, new)
 
 
@@ -130,3 +129,20 @@ def test_a_list_of_too_many_inputs_is_refused(names: dict[str, Any]) -> None:
         names["model"]([names["ids"]] * 7)
     with pytest.raises(ValueError, match="has no head, so no loss"):
         mistral_hf.TFMistralModel(names["config"]).hf_compute_loss([1], tf.zeros([1, 2]))
+
+
+@pytest.mark.parametrize("name", sorted(name for forms in NEW_FORMS.values() for name in forms))
+def test_an_old_option_is_refused_with_its_new_form(name: str, names: dict[str, Any], tmp_path: Path) -> None:
+    calls = {
+        "from_pretrained": lambda **options: mistral_hf.TFMistralModel.from_pretrained(names["folder"], **options),
+        "save_pretrained": lambda **options: names["model"].save_pretrained(tmp_path / "saved", **options),
+        "generate": lambda **options: names["model"].generate(names["ids"], **options),
+    }
+    where = next(place for place, forms in NEW_FORMS.items() if name in forms)
+    with pytest.raises(ValueError, match=rf"{where} has no option '{name}' any more\. In its place: \w"):
+        calls[where](**{name: True})
+    assert not (tmp_path / "saved").exists()
+
+
+def test_the_table_has_a_line_for_every_row() -> None:
+    assert markdown().count("\n") == len(ROWS) + 1
