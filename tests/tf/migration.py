@@ -1,9 +1,9 @@
 """Calls as they were written for the TensorFlow classes of Transformers 4, each with its form here; all rows are run.
 
 ``python -m tests.tf.migration`` prints the table in Markdown. Expressions use these names: `model` (a
-TFMistralForCausalLM), `config`, `folder` (its checkpoint), `target` (a new folder), `ids`, `mask` and `labels` (arrays),
-`tokens` (what a tokenizer returns), `prompts` (a tensor of ids), `symbols` (two `keras.Input`), `dataset` (of the
-library `datasets`), and the modules `tf`, `keras` and `mistral_hf`.
+`TFMistralForCausalLM`), `config`, `folder` (its checkpoint), `target` (a new folder), `ids`, `mask` and `labels`
+(arrays), `tokens` (what a tokenizer returns), `prompts` (a tensor of ids), `symbols` (two `keras.Input`), `dataset` (of
+the library `datasets`), and the modules `tf`, `keras` and `mistral_hf`.
 """
 
 from typing import NamedTuple
