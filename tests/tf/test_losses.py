@@ -46,8 +46,8 @@ def test_the_language_model_loss_matches_pytorch(
     make_model: Any, batch: tuple[Any, Any], label_smoothing: float, chunk: int | None, mode: str
 ) -> None:
     """Value and gradients; the label smoothing and the chunks of 30 tokens are those of the configuration."""
-    if chunk == 100 and mode != "eager":
-        pytest.skip("more than the tokens: once is enough")
+    if (chunk == 100 and mode != "eager") or (chunk == 7 and mode == "graph"):
+        pytest.skip("the other modes are enough")
     model = make_model(label_smoothing=label_smoothing, loss_chunk_size=chunk, tie_word_embeddings=chunk == 100)
     ids, labels = batch
     expected = model(ids, labels=labels).loss
