@@ -48,7 +48,12 @@ if TYPE_CHECKING:
         MistralModel,
         MistralPreTrainedModel,
     )
-    from .modeling_tf_mistral import TFMistralForCausalLM, TFMistralForSequenceClassification, TFMistralModel
+    from .modeling_tf_mistral import (
+        TFMistralForCausalLM,
+        TFMistralForSequenceClassification,
+        TFMistralForTokenClassification,
+        TFMistralModel,
+    )
     from .registration import register, unregister
     from .torch.cache import RollingCache
 
@@ -82,6 +87,7 @@ __all__ = [
     "RollingCache",
     "TFMistralForCausalLM",
     "TFMistralForSequenceClassification",
+    "TFMistralForTokenClassification",
     "TFMistralModel",
     "chat",
     "convert",
@@ -109,7 +115,12 @@ _HOMES = {
         "FlaxMistralForSequenceClassification",
         "FlaxMistralModel",
     ),
-    "modeling_tf_mistral": ("TFMistralForCausalLM", "TFMistralForSequenceClassification", "TFMistralModel"),
+    "modeling_tf_mistral": (
+        "TFMistralForCausalLM",
+        "TFMistralForSequenceClassification",
+        "TFMistralForTokenClassification",
+        "TFMistralModel",
+    ),
     "registration": ("register", "unregister"),
     "torch.cache": ("RollingCache",),
 }

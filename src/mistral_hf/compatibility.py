@@ -26,6 +26,24 @@ class CheckpointError(ValueError):
         super().__init__(one_line(message))
 
 
+def check_model_type(source: Any, model_type: str | None) -> None:
+    """Check that a checkpoint says that it holds a Mistral model, or nothing about it.
+
+    Args:
+        source: Names the checkpoint in a message.
+        model_type: Of its config.json.
+
+    Raises:
+        CheckpointError: It is a model of another architecture.
+    """
+    if model_type not in (None, "", "mistral"):
+        raise CheckpointError(
+            f"The checkpoint {str(source)!r} holds a model of model_type={model_type!r}, not 'mistral', which computes"
+            " another function, whatever its weights are called: load it with transformers.AutoModel. If its"
+            " config.json is wrong, set model_type to 'mistral' there."
+        )
+
+
 def check_decoder_weights(source: Any, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Check that a checkpoint and a model differ in head weights only.
 

@@ -69,6 +69,16 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(
     check_same(make_model(sliding_window=5), padded(30, 3), max_new_tokens=6)
 
 
+@pytest.mark.usefixtures("eagerly")
+def test_frequencies_that_depend_on_the_length_are_those_of_the_whole_prompt(
+    make_model: Any, padded: Any, rope_parameters: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processed in chunks, its first tokens would be turned as in a short sequence."""
+    monkeypatch.setattr(tf_generation, "CHUNK", 8)
+    fields = {"max_position_embeddings": 8, "rope_parameters": rope_parameters("dynamic"), "sliding_window": None}
+    check_same(make_model(**fields), padded(30, 24), max_new_tokens=6)
+
+
 def test_a_compiled_prompt_in_chunks_gives_the_same_tokens(
     make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +170,80 @@ def test_a_search_whose_beams_mostly_end_stops_at_the_step_of_pytorch(
 def test_compiled_beam_search_matches_pytorch(make_model: Any, padded: Any) -> None:
     model = make_model(sliding_window=5)
     check_same(model, padded(7, 12), num_beams=3, **LENGTH)
+
+
+def test_several_sequences_of_a_prompt_are_those_of_pytorch(make_model: Any, padded: Any) -> None:
+    """Of beam search, compiled, with beams that end early."""
+    model = make_model(sliding_window=5, initializer_range=0.1)
+    options = {"num_beams": 4, "num_return_sequences": 3, "eos_token_id": [3, 50], "pad_token_id": 1}
+    assert len(check_same(model, padded(7, 12), max_new_tokens=12, **options)) == 6
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_several_samples_of_a_prompt_differ(make_model: Any, padded: Any) -> None:
+    ported, inputs = to_tf(make_model(sliding_window=5)), arrays(padded(7, 12))
+    found = ported.generate(**inputs, do_sample=True, seed=0, num_return_sequences=5, max_new_tokens=8).numpy()
+    assert found.shape == (10, 20)
+    np.testing.assert_array_equal(found[:, :12], np.repeat(inputs["input_ids"], 5, axis=0))
+    assert len({tuple(row) for row in found}) == 10
+    with pytest.raises(ValueError, match="num_return_sequences=2 needs as many beams"):
+        ported.generate(**inputs, do_sample=False, num_return_sequences=2)
+
+
+@pytest.mark.usefixtures("eagerly")
+@pytest.mark.parametrize("size", [1, 7, 8, 1000])
+def test_the_size_of_chunks_can_be_chosen(
+    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """At most so many tokens of a prompt are processed together."""
+    lengths: list[int] = []
+    model = make_model(sliding_window=5)
+    ported = to_tf(model)
+    embed = ported.model._embed
+    monkeypatch.setattr(ported.model, "_embed", lambda ids, embeds: lengths.append(ids.shape[1]) or embed(ids, embeds))
+    check_same(model, padded(30, 3), ported, max_new_tokens=3, prefill_chunk_size=size)
+    assert max(lengths) == {1: 1, 7: 4, 8: 8, 1000: 32}[size]
+
+
+@pytest.mark.parametrize(("length", "options"), [(20, {}), (9, {"num_beams": 3, "num_return_sequences": 2})])
+def test_generation_within_a_graph_matches_generation_outside(
+    make_model: Any, padded: Any, monkeypatch: pytest.MonkeyPatch, length: int, options: dict[str, Any]
+) -> None:
+    """With padding, in chunks that do not divide the prompt."""
+    monkeypatch.setattr(tf_generation, "CHUNK", 16)
+    ported, inputs = to_tf(make_model(sliding_window=5)), arrays(padded(length, 4))
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": [], **options}
+    inner = tf.function(lambda ids, mask: ported.generate(ids, mask, **options), jit_compile=True, autograph=False)
+    found = inner(*(tf.constant(array) for array in inputs.values()))
+    assert found.shape == (2 * options.get("num_return_sequences", 1), length + 6)
+    np.testing.assert_array_equal(found, ported.generate(**inputs, **options, jit_compile=False))
+
+
+def test_a_graph_draws_other_samples_at_every_call(make_model: Any, token_ids: Any) -> None:
+    """Unless it is given a seed; rows that end early are padded to the full length."""
+    ported, ids = to_tf(make_model()), tf.constant(token_ids(2, 6).numpy())
+    options = {"do_sample": True, "max_new_tokens": 8, "pad_token_id": 0}
+    drawn = tf.function(lambda ids: ported.generate(ids, **options, eos_token_id=list(range(50))), autograph=False)
+    first, second = drawn(ids).numpy(), drawn(ids).numpy()
+    assert first.shape == (2, 14)
+    assert (first != second).any()
+    repeated = tf.function(lambda ids: ported.generate(ids, **options, seed=3), autograph=False)
+    np.testing.assert_array_equal(repeated(ids), repeated(ids))
+    np.testing.assert_array_equal(repeated(ids), ported.generate(ids, **options, seed=3, jit_compile=False))
+    with pytest.raises(ValueError, match="cannot be streamed out of a graph"):
+        tf.function(lambda ids: ported.generate(ids, streamer=Recorder()), autograph=False)(ids)
+
+
+@pytest.mark.usefixtures("eagerly")
+def test_prompts_may_be_a_mapping_or_have_the_name_of_the_library(make_model: Any, padded: Any) -> None:
+    ported, inputs = to_tf(make_model()), arrays(padded(7, 4))
+    expected = ported.generate(**inputs, do_sample=False, max_new_tokens=3)
+    np.testing.assert_array_equal(ported.generate(inputs, do_sample=False, max_new_tokens=3), expected)
+    ids, mask = inputs.values()
+    named = ported.generate(inputs=ids, attention_mask=mask, do_sample=False, max_new_tokens=3)
+    np.testing.assert_array_equal(named, expected)
+    with pytest.raises(ValueError, match="Pass input_ids, not nothing"):
+        ported.generate(max_new_tokens=3)
 
 
 @pytest.mark.usefixtures("eagerly")

@@ -61,9 +61,23 @@ def test_activations_match_transformers(name: str) -> None:
     assert_close(tf_layers.activation(name)(tf.constant(x.numpy())), theirs(x), atol=5e-5)
 
 
-def test_unsupported_activations_are_refused(tiny: Any) -> None:
-    with pytest.raises(ValueError, match=r"hidden_act='laplace' is not among .*silu"):
-        mistral_hf.TFMistralModel(MistralConfig(**tiny(hidden_act="laplace")))
+def test_activations_with_weights_are_refused_and_all_others_are_supported(tiny: Any) -> None:
+    refused = {name for name in ACT2FN if name not in tf_layers.ACTIVATIONS}
+    assert refused == {"prelu", "xielu"}
+    for name in refused:
+        with pytest.raises(ValueError, match=rf"hidden_act='{name}' is not among .*silu"):
+            mistral_hf.TFMistralModel(MistralConfig(**tiny(hidden_act=name)))
+
+
+@torch.no_grad()
+def test_far_positions_are_rotated_by_the_same_angles_as_in_pytorch(tiny: Any) -> None:
+    """One bit of a frequency is a thousandth of a radian at position 30,000."""
+    config = MistralConfig(**tiny(rope_parameters={"rope_type": "default", "rope_theta": 1e6}, head_dim=64))
+    positions = torch.tensor([[0, 1, 1000, 30000, 131071]])
+    cos, sin = MistralRotaryEmbedding(config)(torch.zeros(1), positions)
+    turned = tf_layers.RotaryEmbedding(config)(tf.constant(positions.numpy()))
+    assert_close(turned[0][:, 0], cos[..., :32], atol=1e-6)
+    assert_close(turned[1][:, 0], sin[..., :32], atol=1e-6)
 
 
 def test_rotary_embeddings_round_once_in_low_precision() -> None:

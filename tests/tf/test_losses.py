@@ -41,11 +41,14 @@ def batch(token_ids: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("chunk", [None, 7, 100])
 def test_the_language_model_loss_matches_pytorch(
-    make_model: Any, batch: tuple[Any, Any], label_smoothing: float, mode: str
+    make_model: Any, batch: tuple[Any, Any], label_smoothing: float, chunk: int | None, mode: str
 ) -> None:
-    """Value and gradients; the label smoothing is that of the configuration."""
-    model = make_model(label_smoothing=label_smoothing)
+    """Value and gradients; the label smoothing and the chunks of 30 tokens are those of the configuration."""
+    if (chunk == 100 and mode != "eager") or (chunk == 7 and mode == "graph"):
+        pytest.skip("the other modes are enough")
+    model = make_model(label_smoothing=label_smoothing, loss_chunk_size=chunk, tie_word_embeddings=chunk == 100)
     ids, labels = batch
     expected = model(ids, labels=labels).loss
     expected.backward()
@@ -53,6 +56,54 @@ def test_the_language_model_loss_matches_pytorch(
     np.testing.assert_allclose(found, expected.item(), rtol=0, atol=1e-5)
     for name, parameter in model.named_parameters():
         np.testing.assert_allclose(gradients[name], parameter.grad, rtol=0, atol=2e-5, err_msg=name)
+
+
+def test_a_loss_in_chunks_returns_no_logits_and_never_holds_them(make_model: Any, token_ids: Any) -> None:
+    """Neither forwards nor backwards; an argument replaces the configuration's chunks."""
+    ported, ids = to_tf(make_model(loss_chunk_size=4)), tf.constant(token_ids(3, 40).numpy())
+    assert ported(ids, labels=ids).logits is None
+    assert ported(ids).logits.shape == (3, 40, 99)
+    assert ported(ids, labels=ids, loss_chunk_size=7).logits is None
+
+    @tf.function(autograph=False)
+    def step(ids: Any) -> Any:
+        with tf.GradientTape() as tape:
+            loss = ported(ids, labels=ids).loss
+        return tape.gradient(loss, [ported.lm_head.weight.value])
+
+    definition = step.get_concrete_function(ids).graph.as_graph_def(add_shapes=True)
+    nodes = [*definition.node, *(node for function in definition.library.function for node in function.node_def)]
+    shapes = {
+        tuple(dim.size for dim in shape.dim)
+        for node in nodes
+        for shape in node.attr["_output_shapes"].list.shape
+        if not shape.unknown_rank
+    }
+    assert (4, 99) in shapes
+    assert not shapes & {(3, 40, 99), (120, 99), (117, 99), (3, 39, 99)}
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_no_packed_sequence_predicts_a_label_of_the_next(make_model: Any, token_ids: Any, chunk: int | None) -> None:
+    model, ids = make_model(loss_chunk_size=chunk), token_ids(2, 9)
+    positions = torch.tensor([[*range(5), *range(4)]])
+    expected = model(ids, position_ids=positions, labels=ids).loss
+    ported = to_tf(model)
+    found = ported(ids.numpy(), position_ids=positions.numpy(), labels=ids.numpy()).loss
+    np.testing.assert_allclose(found, expected.detach(), rtol=0, atol=1e-5)
+    parts = [ported(part.numpy(), labels=part.numpy()).loss for part in (ids[:, :5], ids[:, 5:])]
+    np.testing.assert_allclose(found, (4 * parts[0] + 3 * parts[1]) / 7, rtol=1e-5)
+
+
+def test_a_model_fits_with_a_loss_in_chunks_but_without_metrics_of_logits(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model(loss_chunk_size=5)), token_ids(2, 9).numpy()
+    inputs = {"input_ids": ids, "labels": ids}
+    ported.compile("sgd")
+    losses = ported.fit(inputs, epochs=3, verbose=0).history["loss"]
+    assert losses[2] < losses[0]
+    ported.compile("sgd", metrics=["accuracy"])
+    with pytest.raises(ValueError, match=r"set model\.config\.loss_chunk_size = None"):
+        ported.fit(inputs, verbose=0)
 
 
 def test_label_smoothing_changes_the_loss(make_model: Any, batch: tuple[Any, Any]) -> None:

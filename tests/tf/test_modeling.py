@@ -266,6 +266,48 @@ def test_several_sequences_without_a_mask_or_a_pad_token_are_refused(make_model:
     assert type(ported) is mistral_hf.TFMistralForSequenceClassification
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_token_classification_matches_pytorch(make_model: Any, padded: Any, bias: bool) -> None:
+    """Logits and loss; labels that are ignored do not count."""
+    model = make_model("ForTokenClassification", num_labels=3, token_classification_bias=bias)
+    inputs = padded(9, 4, 12)
+    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"] % 3, -100)
+    expected = model(**inputs, labels=labels)
+    ported = to_tf(model)
+    found = ported({**arrays(inputs), "labels": labels.numpy()})
+    assert_close(found.logits, expected.logits, inputs["attention_mask"].bool().numpy(), atol=1e-4)
+    assert_close(found.loss, expected.loss, atol=1e-4)
+    with pytest.raises(ValueError, match=r"labels hold 3, but must lie in \[0, 3\)"):
+        ported({**arrays(inputs), "labels": np.full(labels.shape, 3)})
+
+
+def test_the_states_of_tokens_are_dropped_out_in_training_only(make_model: Any, token_ids: Any) -> None:
+    ids = token_ids(1, 9).numpy()
+    for dropout, changes in ((None, True), (0.0, False)):
+        ported = to_tf(make_model("ForTokenClassification", classifier_dropout=dropout))
+        exact = ported(ids).logits.numpy()
+        np.testing.assert_array_equal(ported(ids).logits, exact)
+        assert (np.abs(ported(ids, training=True).logits - exact).max() > 1e-3) == changes
+
+
+def test_the_configuration_says_which_states_are_returned(make_model: Any, token_ids: Any) -> None:
+    ported, ids = to_tf(make_model(output_hidden_states=True)), token_ids(1, 5).numpy()
+    assert len(ported(ids).hidden_states) == 3
+    assert ported(ids, output_hidden_states=False).hidden_states is None
+
+
+def test_within_a_graph_a_row_under_a_mask_is_one_sequence(make_model: Any, token_ids: Any) -> None:
+    """Values are unknown there; outside of graphs, positions that restart under a mask are refused."""
+    ported, ids = to_tf(make_model()), token_ids(1, 5).numpy()
+    positions, mask = np.array([[0, 1, 2, 0, 1]]), np.ones((1, 5), int)
+    with pytest.raises(ValueError, match=r"position_ids\[0, 3\] restarts at 0, as in packed sequences"):
+        ported(ids, mask, positions)
+    traced = tf.function(lambda: ported(ids, mask, tf.constant(positions)).logits)()
+    packed = ported(ids, position_ids=positions).logits
+    assert np.abs(traced - packed).max() > 1e-3
+
+
 def test_targets_of_another_shape_are_refused(make_model: Any, token_ids: Any) -> None:
     ported = to_tf(make_model("ForSequenceClassification", num_labels=2))
     with pytest.raises(ValueError, match=r"do not fit multi_label_classification with num_labels=2"):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM as StockMistral
+from transformers.utils import logging
 
 import mistral_hf
 from mistral_hf import BUNDLED_CHECKPOINT
@@ -117,6 +118,45 @@ def test_folders_whose_weights_and_configuration_do_not_fit_are_refused(checkpoi
         load(checkpoint)
 
 
+def test_a_checkpoint_of_another_architecture_is_refused(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
+    with pytest.raises(CheckpointError, match=r"holds a model of model_type='mixtral', not 'mistral'.*AutoModel"):
+        mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint)
+    del config["model_type"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint)
+
+
+def test_loading_shows_a_bar_unless_the_library_hides_its_bars(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint)
+    assert "Loading weights: 100%" in capsys.readouterr().err
+    logging.disable_progress_bar()
+    try:
+        mistral_hf.TFMistralForCausalLM.from_pretrained(checkpoint)
+    finally:
+        logging.enable_progress_bar()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_token_classifier_is_read_and_written(make_model: Any, token_ids: Any, tmp_path: Path, tied: bool) -> None:
+    """With its bias; from a language model, it is newly initialised."""
+    model, ids = make_model("ForTokenClassification", num_labels=3, tie_word_embeddings=tied), token_ids(2, 9)
+    model.save_pretrained(tmp_path / "torch")
+    ported = mistral_hf.TFMistralForTokenClassification.from_pretrained(tmp_path / "torch")
+    np.testing.assert_allclose(ported(ids.numpy()).logits, model(ids).logits, atol=1e-4)
+    ported.save_pretrained(tmp_path / "tf")
+    again = mistral_hf.MistralForTokenClassification.from_pretrained(tmp_path / "tf")
+    assert all(torch.equal(tensor, state(model)[name]) for name, tensor in state(again).items())
+    make_model().save_pretrained(tmp_path / "lm")
+    _, info = mistral_hf.TFMistralForTokenClassification.from_pretrained(tmp_path / "lm", output_loading_info=True)
+    assert info == {"missing_keys": ["score.weight", "score.bias"], "unexpected_keys": ["lm_head.weight"]}
+
+
 @pytest.mark.parametrize("unknown", ["torch_dtype", "device_map"])
 def test_unknown_arguments_are_refused(checkpoint: Path, unknown: str) -> None:
     with pytest.raises(ValueError, match=rf"no argument '{unknown}', .* it takes dtype"):
@@ -154,7 +194,7 @@ def test_the_import_is_lazy_and_an_error_names_the_extra() -> None:
     code = """
 import mistral_hf
 print(sorted({"tensorflow", "keras", "h5py"} & sys.modules.keys()))
-for name in ("TFMistralModel", "TFMistralForCausalLM", "TFMistralForSequenceClassification"):
+for name in mistral_hf._HOMES["modeling_tf_mistral"]:
     try:
         getattr(mistral_hf, name)
     except ImportError as error:
@@ -162,9 +202,9 @@ for name in ("TFMistralModel", "TFMistralForCausalLM", "TFMistralForSequenceClas
 """
     first, *errors = run_python(code, ("torch", "tensorflow")).splitlines()
     assert first == "[]"
-    assert len(errors) == 3
+    assert len(errors) == 4
     expected = "mistral_hf.TFMistralModel needs tensorflow, which is not installed: pip install 'mistral_hf[tf]'"
-    assert errors[0].startswith(expected)
+    assert errors[3].startswith(expected)
 
 
 def test_another_backend_of_keras_is_refused() -> None:

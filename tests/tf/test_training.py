@@ -152,9 +152,13 @@ def test_a_model_can_be_part_of_another_and_counts_its_weights(make_model: Any, 
     whole = keras.Model(ids, keras.layers.Dense(2)(ported(ids)["last_hidden_state"][:, -1]))
     assert whole(token_ids(3, 7).numpy()).shape == (3, 2)
     lines: list[str] = []
-    ported.summary(print_fn=lambda line, **options: lines.append(line))
+    ported.summary(print_fn=lambda line, **options: lines.append(line), expand_nested=True)
     total = sum(int(np.prod(variable.shape)) for variable in ported.named_weights().values())
     assert f"{total:,}" in "".join(lines)
+    assert all(f"{layer}" in "".join(lines) for layer in ("embed_tokens", "layer_0", "layer_1", "norm"))
+    assert "".join(lines).count("(None, None, 32)") == 4
+    cache = ported(token_ids(2, 5).numpy()).past_key_values
+    assert repr(cache) == "TFRollingCache(layers=2, segments=(2, 8), length=5)"
 
 
 REPLICAS = """

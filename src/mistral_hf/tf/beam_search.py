@@ -158,7 +158,13 @@ class BeamSearch:
 
     def result(self, state: BeamState) -> Tensor:
         """See `generation.Strategy`."""
-        return state.done_tokens[:, 0, : int(tf.reduce_max(state.done_lengths[:, 0]))]
+        longest = int(tf.reduce_max(state.done_lengths[:, : self.options.num_return_sequences]))
+        return self.padded_result(state)[:, :longest]
+
+    def padded_result(self, state: BeamState) -> Tensor:
+        """See `generation.Strategy`."""
+        best = state.done_tokens[:, : self.options.num_return_sequences]
+        return tf.reshape(best, [-1, best.shape[2]])
 
 
 def _gather_beams(beams: Tensor, indices: Tensor) -> Tensor:

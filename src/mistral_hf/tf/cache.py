@@ -38,6 +38,12 @@ class TFRollingCache(NamedTuple):
     length: Tensor
     start: Tensor
 
+    def __repr__(self) -> str:
+        length = int(self.length) if hasattr(self.length, "numpy") else self.length
+        return (
+            f"TFRollingCache(layers={len(self.keys)}, segments={getattr(self.segments, 'shape', '?')}, length={length})"
+        )
+
     @property
     def slots(self) -> int:
         """Number of tokens that a layer has room for."""

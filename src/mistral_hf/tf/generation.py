@@ -1,6 +1,6 @@
 """`generate` of the TensorFlow port: a program for the prompt and one for the loop over the tokens, both compiled.
 
-Legend: B prompts, R rows of the batch (prompts, or beams of all prompts), P padded prompt length, N room for new
+Legend: B prompts, R rows of the batch (samples or beams of all prompts), P padded prompt length, N room for new
 tokens, V vocabulary.
 """
 
@@ -18,9 +18,10 @@ from ..generation_options import GenerationOptions, check_prompt, generation_opt
 from .beam_search import BeamSearch
 from .cache import TFRollingCache
 from .logits import is_end, penalized, tokens_of_prompts, warped, with_tokens
+from .migration import check_old_options
 from .shapes import Tensor
 
-_LACKS = ("num_return_sequences", "prefill_chunk_size", "prompt_lookup_num_tokens", "max_matching_ngram_size")
+_LACKS = ("prompt_lookup_num_tokens", "max_matching_ngram_size")
 CHUNK = 1024  # tokens of a prompt that are processed together; a power of two
 
 
@@ -53,7 +54,10 @@ class Strategy(Protocol):
         """A boolean scalar: whether there are more tokens to choose."""
 
     def result(self, state: Any) -> Tensor:
-        """The new tokens ``[B, new]``; outside of graphs."""
+        """The new tokens ``[B * num_return_sequences, new]``; outside of graphs."""
+
+    def padded_result(self, state: Any) -> Tensor:
+        """The same with N columns, of which the last may be padding; within graphs too."""
 
 
 class Generator:
@@ -80,10 +84,14 @@ class Generator:
         **options: Any,
     ) -> Tensor:
         """See `TFMistralForCausalLM.generate`."""
+        check_old_options("generate", options)
+        if seed is not None and np.ndim(seed) > 0:
+            first = np.ravel(seed)[0]
+            raise ValueError(f"seed={seed!r} must be one integer, not a pair as in old releases: pass seed={first}.")
+        if tf.is_tensor(input_ids) and tf.is_symbolic_tensor(input_ids):
+            return self._within_graph(input_ids, attention_mask, generation_config, seed, streamer, **options)
         ids, real = check_prompt(input_ids, attention_mask, self._model.config.vocab_size)
-        chosen = generation_options(
-            self._model.generation_config, ids.shape[1], generation_config, lacks=_LACKS, **options
-        )
+        chosen = self._options(ids.shape[1], generation_config, options)
         if streamer is not None and chosen.num_beams > 1:
             raise ValueError(
                 f"num_beams={chosen.num_beams} cannot be streamed, as beams change until the end: leave streamer out,"
@@ -102,7 +110,53 @@ class Generator:
             state = programs.decode(state, tf.constant(limit))
         else:
             state = _stream(programs, state, limit, ids, streamer)
-        return tf.concat([tf.constant(ids), programs.strategy.result(state)], axis=1)
+        new = programs.strategy.result(state)
+        return tf.concat([np.repeat(ids, chosen.num_return_sequences, axis=0), new], axis=1)
+
+    def _options(
+        self, prompt_length: int, generation_config: GenerationConfig | None, options: dict[str, Any]
+    ) -> GenerationOptions:
+        defaults = self._model.generation_config
+        return generation_options(defaults, prompt_length, generation_config, lacks=_LACKS, **options)
+
+    def _within_graph(
+        self,
+        ids: Tensor,
+        mask: Any,
+        generation_config: GenerationConfig | None,
+        seed: Any,
+        streamer: Any,
+        **options: Any,
+    ) -> Tensor:
+        """`generate` as a part of the caller's graph: ``[B, S + max_new_tokens]``, as its shapes are fixed."""
+        if ids.shape.rank != 2 or None in ids.shape or not ids.dtype.is_integer:
+            raise ValueError(
+                f"input_ids is {ids.dtype.name} {tuple(ids.shape)} within a graph, but must be integers [batch, tokens]"
+                " of known sizes: trace the function for tensors of one shape (pad the prompts on the left to a"
+                " multiple of some length), or call generate outside of tf.function, which compiles it too."
+            )
+        if streamer is not None:
+            raise ValueError("Tokens cannot be streamed out of a graph: call generate outside of tf.function.")
+        chosen = self._options(ids.shape[1], generation_config, options)
+        real = tf.ones_like(ids, tf.bool) if mask is None else tf.cast(mask, tf.bool)
+        if seed is None:
+            seed = tf.random.uniform([], maxval=tf.int32.max, dtype=tf.int32)
+        programs, ids = _Programs(self._model, chosen, False), tf.cast(ids, tf.int32)
+        fill = [[0, 0], [-ids.shape[1] % _chunk(self._model, chosen, round_up_to_bucket(ids.shape[1])), 0]]
+        limit = tf.constant(chosen.max_new_tokens)
+        state = programs.run_prefill(tf.pad(ids, fill), tf.pad(real, fill), limit, tf.cast(seed, tf.int64))
+        new = programs.strategy.padded_result(programs.run_decode(state, limit))
+        return tf.concat([tf.repeat(ids, chosen.num_return_sequences, axis=0), new], axis=1)
+
+
+def _chunk(model: Any, options: GenerationOptions, length: int) -> int:
+    """How many tokens of a prompt are processed together: the largest power of two within the limits.
+
+    Frequencies that depend on the length of a call are those of the whole prompt, unless the caller wants chunks.
+    """
+    depends = model.model.rotary_emb.frequencies.pretrained is not None
+    limit = min(options.prefill_chunk_size or (length if depends else CHUNK), length)
+    return 1 << (limit.bit_length() - 1)
 
 
 def _stream(programs: _Programs, state: Any, limit: int, ids: Any, streamer: Any) -> Any:
@@ -124,17 +178,17 @@ class _Programs:
     def __init__(self, model: Any, options: GenerationOptions, jit_compile: bool) -> None:
         self.strategy: Strategy = BeamSearch(options) if options.num_beams > 1 else Sampling(options)
         self._model, self._options = model, options
-        self.prefill: Any = tf.function(self._prefill, jit_compile=jit_compile, autograph=False)
-        self.decode: Any = tf.function(self._decode, jit_compile=jit_compile, autograph=False)
+        self.prefill: Any = tf.function(self.run_prefill, jit_compile=jit_compile, autograph=False)
+        self.decode: Any = tf.function(self.run_decode, jit_compile=jit_compile, autograph=False)
 
     @property
     def traces(self) -> int:
         return sum(program.experimental_get_tracing_count() for program in (self.prefill, self.decode))
 
-    def _prefill(self, ids: Tensor, real: Tensor, limit: Tensor, seed: Tensor) -> Any:
+    def run_prefill(self, ids: Tensor, real: Tensor, limit: Tensor, seed: Tensor) -> Any:
         """The state after the prompts ``[B, P]`` and their first new tokens."""
         length = ids.shape[1]
-        chunk = min(CHUNK, length)
+        chunk = _chunk(self._model, self._options, length)
         outputs = self._model(
             input_ids=ids[:, :chunk],
             attention_mask=real[:, :chunk],
@@ -158,7 +212,7 @@ class _Programs:
         previous_tokens = tokens_of_prompts(ids, real, self._model.config.vocab_size)
         return self.strategy.choose_first(tf.cast(logits[:, -1], tf.float32), cache, previous_tokens, limit, seed)
 
-    def _decode(self, state: Any, until: Tensor) -> Any:
+    def run_decode(self, state: Any, until: Tensor) -> Any:
         """The state after `until` new tokens, or when no more are to be chosen."""
 
         def step(state: Any) -> tuple[Any]:
@@ -178,10 +232,10 @@ class SamplingState(NamedTuple):
 
     Attributes:
         step: Scalar int32, the number of new tokens.
-        tokens: ``[B, N]`` int32, the new tokens, then padding.
-        last: ``[B]`` int32, the last tokens.
-        finished: ``[B]`` boolean, the rows that have ended.
-        previous_tokens: ``[B, V]`` boolean, the tokens that a row has had, for a repetition penalty.
+        tokens: ``[R, N]`` int32, the new tokens, then padding.
+        last: ``[R]`` int32, the last tokens.
+        finished: ``[R]`` boolean, the rows that have ended.
+        previous_tokens: ``[R, V]`` boolean, the tokens that a row has had, for a repetition penalty.
         seed: Scalar int64.
         cache: Of all tokens but the last ones.
     """
@@ -209,7 +263,11 @@ class Sampling:
         self, logits: Tensor, cache: TFRollingCache, previous_tokens: Tensor, limit: Tensor, seed: Tensor
     ) -> SamplingState:
         """See `Strategy`."""
-        batch = logits.shape[0]
+        batch, copies = logits.shape[0], self.options.num_return_sequences
+        if copies > 1:
+            rows = tf.repeat(tf.range(batch), copies)
+            batch, cache = batch * copies, cache.gather_rows(rows)
+            logits, previous_tokens = tf.gather(logits, rows), tf.gather(previous_tokens, rows)
         state = SamplingState(
             step=tf.constant(0),
             tokens=tf.fill([batch, self.options.max_new_tokens], self.options.pad_token_id),
@@ -257,3 +315,7 @@ class Sampling:
     def result(self, state: SamplingState) -> Tensor:
         """See `Strategy`."""
         return state.tokens[:, : int(state.step)]
+
+    def padded_result(self, state: SamplingState) -> Tensor:
+        """See `Strategy`."""
+        return state.tokens

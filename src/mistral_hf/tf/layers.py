@@ -32,12 +32,15 @@ _gelu_tanh = partial(tf.nn.gelu, approximate=True)
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": partial(tf.nn.gelu, approximate=False),
+    "gelu_10": lambda x: tf.clip_by_value(tf.nn.gelu(x, approximate=False), -10, 10),
     "gelu_accurate": _gelu_tanh,
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_python": partial(tf.nn.gelu, approximate=False),
     "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
+    "hardswish": lambda x: x * tf.nn.relu6(x + 3) / 6,
+    "laplace": lambda x: 0.5 * (1 + tf.math.erf((x - 0.707107) / (0.282095 * 2**0.5))),
     "leaky_relu": partial(tf.nn.leaky_relu, alpha=0.01),
     "linear": tf.identity,
     "mish": lambda x: x * tf.tanh(tf.nn.softplus(x)),
@@ -47,6 +50,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu6": tf.nn.relu6,
     "sigmoid": tf.sigmoid,
     "silu": tf.nn.silu,
+    "sqrtsoftplus": lambda x: tf.sqrt(tf.nn.softplus(x)),
     "swish": tf.nn.silu,
     "tanh": tf.tanh,
 }
@@ -56,7 +60,7 @@ def activation(name: str) -> Activation:
     """The activation with this name in Transformers.
 
     Raises:
-        ValueError: The port does not support it.
+        ValueError: The port does not support it: it has weights too (``"prelu"``, ``"xielu"``).
     """
     if name not in ACTIVATIONS:
         raise ValueError(
@@ -72,18 +76,43 @@ class _SingleWeightLayer(keras.layers.Layer):
     def __init__(self, shape: tuple[int, ...], initializer: Any, dtype: Any, name: str) -> None:
         super().__init__(dtype=dtype, name=name, autocast=False)
         self.weight = self.add_weight(shape=shape, initializer=initializer, name="weight", autocast=False)
-        self.built = True
+
+    def resize_rows(self, count: int, initializer: Any) -> None:
+        """Give the weight `count` rows: the first ones stay, additional ones are newly initialised."""
+        old = self.weight
+        kept = min(count, old.shape[0])
+        values = initializer([count, *old.shape[1:]], old.dtype)
+        self._untrack_variable(old)  # as Keras does where it replaces weights
+        self._tracker.unlock()
+        self.weight = self.add_weight(
+            shape=values.shape,
+            initializer=lambda *_, **__: tf.concat([old.value[:kept], values[kept:]], axis=0),
+            name="weight",
+            autocast=False,
+        )
+        self._tracker.lock()
 
 
 class Linear(_SingleWeightLayer):
-    """A projection without bias, its weight ``[outputs, inputs]``."""
+    """A projection, its weight ``[outputs, inputs]``, with a bias ``[outputs]`` if it has one."""
 
-    def __init__(self, inputs: int, outputs: int, initializer: Any, dtype: Any, name: str) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, initializer: Any, dtype: Any, name: str, use_bias: bool = False
+    ) -> None:
         super().__init__((outputs, inputs), initializer, dtype, name)
+        self.bias = None
+        if use_bias:
+            self.bias = self.add_weight(shape=(outputs,), initializer="zeros", name="bias", autocast=False)
+        self.build((None, None, inputs))
 
     def call(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
-        return project(x, self.weight)
+        projected = project(x, self.weight)
+        return projected if self.bias is None else projected + tf.cast(tf.convert_to_tensor(self.bias), x.dtype)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """``[..., outputs]``, for `keras.Model.summary`."""
+        return (*input_shape[:-1], self.weight.shape[0])
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -96,6 +125,14 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 class Embedding(_SingleWeightLayer):
     """Token embeddings, the weight ``[V, E]``."""
 
+    def __init__(self, vocab_size: int, hidden_size: int, initializer: Any, dtype: Any, name: str) -> None:
+        super().__init__((vocab_size, hidden_size), initializer, dtype, name)
+        self.build((None, None))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """``[B, S, E]``."""
+        return (*input_shape, self.weight.shape[1])
+
     def call(self, input_ids: Tensor) -> Tensor:
         """Map ids ``[B, S]`` to ``[B, S, E]`` in the compute dtype."""
         return tf.cast(tf.gather(tf.convert_to_tensor(self.weight), input_ids), self.compute_dtype)
@@ -107,6 +144,11 @@ class RMSNorm(_SingleWeightLayer):
     def __init__(self, hidden_size: int, eps: float, dtype: Any, name: str) -> None:
         super().__init__((hidden_size,), "ones", dtype, name)
         self.eps = eps
+        self.build((None, None, hidden_size))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """``[..., E]``."""
+        return input_shape
 
     def call(self, x: Tensor) -> Tensor:
         """Map ``[..., E]`` to ``[..., E]``."""
@@ -216,7 +258,11 @@ class DecoderLayer(keras.layers.Layer):
         self.mlp = MLP(config, initializer, dtype)
         self.input_layernorm = RMSNorm(width, eps, dtype, "input_layernorm")
         self.post_attention_layernorm = RMSNorm(width, eps, dtype, "post_attention_layernorm")
-        self.built = True
+        self.build((None, None, width))
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """``[B, S, E]``, of the states."""
+        return input_shape
 
     def call(
         self,

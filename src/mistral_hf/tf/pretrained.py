@@ -1,73 +1,51 @@
-"""What all TensorFlow models share: checkpoints of the Hugging Face format, training with Keras, and outputs."""
+"""What all TensorFlow models share: checkpoints of the Hugging Face format, in and out, and calls."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import keras
-import optree
 import tensorflow as tf
 from transformers import GenerationConfig
+from transformers.utils import logging
 from transformers.utils.hub import PushToHubMixin
 
 from ..checkpoints.pretrained import locate, open_weights, save_folder
 from ..checkpoints.reader import TensorInfo, open_checkpoint
 from ..checkpoints.writer import LazyTensor
+from ..compatibility import check_model_type
 from ..configuration_mistral import MistralConfig
-from .shapes import Tensor
+from .migration import LibraryMethods, check_old_options
+from .training import KerasTraining
+from .validation import first_argument
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _ROWS = 1024  # rows of a weight that are written together
-_FIELDS = ("loss", "logits", "last_hidden_state", "past_key_values", "hidden_states", "attentions")
 
 
-class TFMistralOutput(dict[str, Any]):
-    """Results by name, as keys and as attributes.
-
-    The names are ``loss``, ``logits``, ``last_hidden_state``, ``past_key_values``, ``hidden_states`` and
-    ``attentions``. Fields that were not requested are absent as keys and None as attributes.
-    """
-
-    def __init__(self, *pairs: Any, **fields: Any) -> None:
-        super().__init__(*pairs, **fields)
-        for name in [name for name, value in self.items() if value is None]:
-            del self[name]
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _FIELDS:
-            raise AttributeError(f"The output has no field {name!r}; it has {', '.join(self)}.")
-        return self.get(name)
-
-
-# Keras flattens results and rebuilds them, as it does with dictionaries.
-optree.register_pytree_node(
-    cast(Any, TFMistralOutput),
-    lambda output: (tuple(cast(Any, output).values()), tuple(output), tuple(output)),
-    lambda names, values: TFMistralOutput(zip(cast(Any, names), values, strict=True)),
-    namespace="keras",
-)
-
-
-class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
-    """Base class of the models: loading, saving, and training with the model's own loss.
+class TFMistralPreTrainedModel(PushToHubMixin, LibraryMethods, KerasTraining):
+    """Base class of the models: loading and saving.
 
     Attributes:
         config: The configuration.
         architecture: The PyTorch class that loads what `save_pretrained` writes.
-        main_output: The field that `predict` returns, and that a loss or a metric given to `compile` sees.
+        generation_config: Defaults of `generate`, or None.
     """
 
     architecture: ClassVar[str]
-    main_output: ClassVar[str]
     generation_config: GenerationConfig | None = None
 
     def __init__(self, config: MistralConfig, *, dtype: Any = None, **kwargs: Any) -> None:
         config.validate_architecture()
         super().__init__(dtype=dtype, autocast=False, **kwargs)
         self.config = config
+
+    def __call__(self, input_ids: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as its `call` says; its first argument may be in any form that `first_argument` takes."""
+        return super().__call__(first_argument(input_ids), *args, **kwargs)
 
     def default_initializer(self) -> Any:
         """A normal distribution with standard deviation ``config.initializer_range``, which follows Keras's seed."""
@@ -95,6 +73,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         name_or_path: str | Path,
         *,
         dtype: Any = None,
+        from_pt: bool = False,
         output_loading_info: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -108,6 +87,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
             name_or_path: A folder, or an id on the hub.
             dtype: A Keras dtype policy or its name, a TensorFlow dtype, or ``"auto"`` for that of the checkpoint. None
                 is Keras's global policy, ``"float32"`` unless it was set.
+            from_pt: Accepted in either value: the checkpoints of PyTorch are the only format.
             output_loading_info: Return a pair: the model, and a dictionary with ``missing_keys`` and
                 ``unexpected_keys``.
             revision: Branch, tag or commit on the hub.
@@ -121,24 +101,28 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
 
         Raises:
             FileNotFoundError: There is no such folder or model, or it has no config.json.
-            CheckpointError: There are no safetensors files, or weights of the decoder are missing or unknown or have
-                another shape.
+            CheckpointError: There are no safetensors files, they are those of another architecture, or weights of the
+                decoder are missing or unknown or have another shape.
             ValueError: An argument or the dtype is unknown.
         """
+        check_old_options("from_pretrained", overrides)
         hub = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         folder = locate(name_or_path, **hub)
         stored = _stored_dtype(folder)
+        check_model_type(folder, MistralConfig.get_config_dict(folder)[0].get("model_type"))
         config, unknown = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **overrides)
         # The library takes torch_dtype as an alias of the configuration's dtype; here it would have no effect.
         if unknown := sorted(unknown.keys() | overrides.keys() & {"torch_dtype"}):
             raise ValueError(
                 f"from_pretrained has no argument {unknown[0]!r}, and MistralConfig has no such field. Of the library's"
-                " arguments it takes dtype, output_loading_info, revision, token, cache_dir and local_files_only."
+                " arguments it takes dtype, from_pt, output_loading_info, revision, token, cache_dir and"
+                " local_files_only."
             )
         model = cls(config, dtype=_dtype_policy(dtype, config.dtype or stored), initializer="zeros")
         variables = model.named_weights()
         with open_weights(folder, {name: tuple(variable.shape) for name, variable in variables.items()}) as weights:
-            for name, array in weights.stream():
+            count = len(variables) - len(weights.missing)
+            for name, array in logging.tqdm(weights.stream(), total=count, desc="Loading weights"):
                 _assign_by_rows(variables[name].value, array)
                 del array  # one tensor in memory at a time
             for name in weights.missing:
@@ -153,6 +137,7 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         save_directory: str | Path,
         *,
         max_shard_size: int | str = "50GB",
+        saved_model: bool = False,
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -161,17 +146,20 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
         Args:
             save_directory: A folder; an existing checkpoint in it is replaced.
             max_shard_size: In bytes, or a string such as ``"5GB"``.
+            saved_model: Whether to `export` the forward pass too, to the subfolder ``saved_model/1``.
             push_to_hub: Whether to upload the folder too.
             **kwargs: Arguments of `push_to_hub`; ``repo_id`` is by default the folder's name.
 
         Raises:
             FileExistsError: The folder holds something other than a checkpoint.
+            ValueError: An argument has another form here.
             TypeError: There are arguments of `push_to_hub`, but nothing is to be uploaded.
         """
+        check_old_options("save_pretrained", kwargs)
         if kwargs and not push_to_hub:
             raise TypeError(
                 f"save_pretrained has no argument {min(kwargs)!r} unless push_to_hub is True: a folder takes"
-                " max_shard_size, and its files are always safetensors."
+                " max_shard_size and saved_model, and its files are always safetensors."
             )
         tensors = [
             LazyTensor(name, TensorInfo(variable.dtype, tuple(variable.shape)), variable.numpy)
@@ -186,91 +174,29 @@ class TFMistralPreTrainedModel(PushToHubMixin, keras.Model):
             dtype=self.variable_dtype,
             max_shard_size=max_shard_size,
         )
+        if saved_model:
+            self.export(Path(save_directory) / "saved_model" / "1", verbose=False)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Prepare training as `keras.Model.compile` does; without a loss, the model uses its own."""
-        self.loss = None  # Keras would keep the loss of an earlier call
-        super().compile(*args, **kwargs)
-
-    def compute_loss(
-        self,
-        x: Any = None,
-        y: Any = None,
-        y_pred: Any = None,
-        sample_weight: Any = None,
-        training: bool = True,
-    ) -> Tensor:
-        """The loss given to `compile`, of the main output; without one, the model's own.
-
-        Raises:
-            ValueError: The model is to use its own loss, but there are no labels.
-        """
-        if self.loss is not None:
-            return super().compute_loss(x, y, self._prediction(y_pred), sample_weight, training)
-        if "loss" not in y_pred:
-            raise ValueError(
-                "There is no loss: the inputs are a dictionary without 'labels', and compile() was called without a"
-                " loss. Add the labels to the dictionary, or yield (inputs, labels)."
-            )
-        replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return y_pred["loss"] / replicas  # gradients are summed over them
-
-    def compute_metrics(self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The metrics given to `compile`, of the labels and the main output."""
-        if y is None and isinstance(x, dict):
-            y = x.get("labels")
-        return super().compute_metrics(x, y, self._prediction(y_pred), sample_weight)
-
-    def train_step(self, data: Any) -> Any:
-        """A training step on ``inputs`` with labels among them, or on ``(inputs, labels)``."""
-        return super().train_step(self._with_labels(data))
-
-    def test_step(self, data: Any) -> Any:
-        """An evaluation step, on data as `train_step` takes it."""
-        return super().test_step(self._with_labels(data))
-
-    def predict_step(self, data: Any) -> Tensor:
-        """The main output for a batch of inputs."""
-        return self._prediction(super().predict_step(data))
-
-    def export(
-        self, filepath: str | Path, format: str = "tf_saved_model", *, input_signature: Any = None, **kwargs: Any
-    ) -> None:
-        """Write the forward pass for serving, as `keras.Model.export` does.
-
-        Args:
-            filepath: The target.
-            format: One of Keras's formats.
-            input_signature: By default a dictionary of ``input_ids`` and ``attention_mask``, both ``[batch, tokens]``
-                int32.
-            **kwargs: Other arguments of `keras.Model.export`.
-        """
-        tokens = tf.TensorSpec([None, None], tf.int32)
-        signature = input_signature or [{"input_ids": tokens, "attention_mask": tokens}]
-        super().export(str(filepath), format, input_signature=signature, **kwargs)
-
-    def _with_labels(self, data: Any) -> Any:
-        """The data with the labels moved into the inputs, where the model's own loss needs them."""
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if y is None or self.loss is not None:
-            return data
-        if sample_weight is not None:
-            raise ValueError("The model's own loss takes no sample weights: pass compile() a loss that does.")
-        return ({**(x if isinstance(x, dict) else {"input_ids": x}), "labels": y}, y)
-
-    def _prediction(self, outputs: Any) -> Tensor:
-        return outputs[self.main_output]
 
     def get_config(self) -> dict[str, Any]:
         """The fields that recreate the model, for ``.keras`` files."""
         return {**super().get_config(), "config": self.config.to_dict()}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """A model with newly initialised weights from the fields of `get_config`."""
-        fields = {**config, "config": MistralConfig.from_dict(config["config"])}
+    def from_config(cls, config: Any, custom_objects: Any = None, **kwargs: Any) -> Any:
+        """A model with newly initialised weights.
+
+        Args:
+            config: A configuration, its fields, or those of `get_config`.
+            custom_objects: Keras passes it; it has no effect.
+            **kwargs: Of the constructor.
+        """
+        if isinstance(config, MistralConfig):
+            return cls(config, **kwargs)
+        if "config" not in config:
+            return cls(MistralConfig.from_dict(config), **kwargs)
+        fields = {**config, **kwargs, "config": MistralConfig.from_dict(config["config"])}
         if isinstance(fields.get("dtype"), dict):
             fields["dtype"] = keras.dtype_policies.deserialize(fields["dtype"])
         return cls(**fields)

@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from .cache import PADDING, TFRollingCache
 from .shapes import Size, Tensor, size
+from .validation import check_one_sequence
 
 
 class SequenceLayout(NamedTuple):
@@ -42,7 +43,8 @@ def sequence_layout(
         cache: The tokens before them.
 
     Raises:
-        ValueError: Known shapes do not fit together.
+        ValueError: Known shapes do not fit together; or, outside of graphs, positions restart under a mask, which would
+            let packed sequences see each other.
     """
     batch, length = size(states, 0), size(states, 1)
     _check_positions(position_ids, states)
@@ -53,6 +55,8 @@ def sequence_layout(
     packed = False
     # Under a mask, the real tokens of a row are one sequence.
     if real is not None:
+        if position_ids is not None and cache is None:
+            check_one_sequence(position_ids, real)
         segments = tf.where(real, 0, PADDING)
     # Only positions that the caller gives can restart; tokens after a cache continue its sequence.
     elif position_ids is None or cache is not None:
@@ -116,3 +120,24 @@ def _packed_segments(positions: Tensor) -> Tensor:
     """The index of the packed sequence of every token, ``[B or 1, S]``: one begins where a position does not follow."""
     restarts = tf.cast(positions[:, 1:] - positions[:, :-1] != 1, tf.int32)
     return tf.pad(tf.cumsum(restarts, axis=1), [[0, 0], [1, 0]])
+
+
+def last_real_token(real: Tensor) -> Tensor:
+    """The index of the last real token of every row, ``[B]``, from ``[B, S]`` boolean."""
+    return tf.argmax(tf.where(real, tf.range(1, size(real, 1) + 1), 0), axis=-1, output_type=tf.int32)
+
+
+def next_labels(labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None, ignored: int) -> Tensor:
+    """The label ``[B, S]`` that each token predicts; that of the last token of a sequence is ignored.
+
+    Args:
+        labels: ``[B, S]``.
+        position_ids: ``[B or 1, S]``, which mark packed sequences where they restart without a mask; or None.
+        attention_mask: As of the model.
+        ignored: The label that losses ignore.
+    """
+    following = tf.pad(labels[:, 1:], [[0, 0], [0, 1]], constant_values=ignored)
+    if position_ids is None or attention_mask is not None:
+        return following
+    ends = position_ids[:, 1:] - position_ids[:, :-1] != 1
+    return tf.where(tf.pad(ends, [[0, 0], [0, 1]], constant_values=True), tf.constant(ignored, labels.dtype), following)
