@@ -46,7 +46,7 @@ _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", 
 
 # Fields of models that are not dense Mistral text models.
 _REFUSED = {
-    "moe": "a mixture of experts, for which Transformers has classes of its own, such as MixtralForCausalLM",
+    "moe": "a mixture of experts, for which Transformers has classes such as MixtralForCausalLM",
     "multimodal": "a multimodal model",
     "quantization": "a quantized checkpoint",
     "q_lora_rank": "a model with latent attention",
@@ -443,8 +443,8 @@ def config_to_params(config: Config) -> Params:
     if model_type not in _DEFAULTS:
         kinds = ", ".join(map(repr, _DEFAULTS))
         raise ValueError(
-            f"config.json has model_type={model_type!r:.200}, but only {kinds} have a raw format here. For other types,"
-            " the Auto classes give the library's own."
+            f"config.json has model_type={model_type!r:.200}, but only {kinds} have a raw form here: the Auto classes"
+            " load other types in the library's classes."
         )
     missing = [hf for raw, hf in FIELDS if raw in _SIZES and raw not in ("n_kv_heads", "head_dim") and hf not in config]
     if missing:
@@ -455,8 +455,9 @@ def config_to_params(config: Config) -> Params:
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json has hidden_act={config['hidden_act']!r:.200}: the raw format has only 'silu'.")
     full = _DEFAULTS[model_type] | config
-    spelling = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"  # as the library prefers them
-    rope = Fields("config.json: ", {spelling: full.get(spelling)}).inner(spelling) or Fields("", {})
+    spellings = {name: Fields("config.json: ", full).inner(name) for name in ("rope_scaling", "rope_parameters")}
+    spelling = "rope_scaling" if spellings["rope_scaling"] else "rope_parameters"  # as the library prefers them
+    rope = spellings[spelling] or Fields("", {})
     rope_theta = rope.values.pop("rope_theta", full["rope_theta"])
     yarn, scaling = _rope_to_yarn(rope, scaled=model_type == "ministral3")
     raw = {raw: full.get(hf) for raw, hf in FIELDS}
