@@ -220,6 +220,41 @@ def test_a_composite_model_takes_the_reference_text_configuration(tiny: Any, tok
     assert model(token_ids(1, 5).clamp(max=97)).logits.shape == (1, 5, 99)
 
 
+# A field of a mixture of experts, and the Auto class that gives its language model.
+EXPERTS = {
+    "mixtral": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "AutoModelForCausalLM"),
+    "mistral4": (
+        {
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+        },
+        "AutoModelForImageTextToText",
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_a_mixture_of_experts_stays_the_library_s_and_is_refused_here(
+    model_type: str, tiny: Any, tmp_path: Path
+) -> None:
+    fields, auto = EXPERTS[model_type]
+    sizes = {name: value for name, value in tiny().items() if name not in ("head_dim", "sliding_window")}
+    name = f"{model_type.capitalize()}ForCausalLM"
+    config = AutoConfig.for_model(model_type, **sizes | fields)
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path)
+    model = getattr(transformers, auto).from_pretrained(tmp_path)
+    assert type(model) is getattr(transformers, name)
+    assert type(model).__module__ == f"transformers.models.{model_type}.modeling_{model_type}"
+    message = f"model_type='{model_type}' is a mixture of experts, .* use the library's {name}, which the Auto classes"
+    for family in FAMILIES.values():
+        for ours in (family.config, getattr(family.modeling, f"{family.stem}ForCausalLM")):
+            with pytest.raises(ValueError, match=message):
+                ours.from_pretrained(tmp_path)
+
+
 def test_importing_loads_only_the_files_of_the_package() -> None:
     """After torch, the reference's Mistral module and the Auto classes, only the package is imported."""
     code = """

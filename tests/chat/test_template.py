@@ -29,7 +29,7 @@ def test_the_template_encodes_what_mistral_common_does(version: str, folder: Pat
 
     JSON text is in Python's spelling, since the template cannot parse it; `encode_conversation` takes any.
     """
-    messages = data.draw(conversations(PLAIN, written_json_texts(PLAIN), thoughts=version == "v13"))
+    messages = data.draw(conversations(PLAIN, written_json_texts(PLAIN), thoughts=version in THINKING))
     tools = data.draw(tool_definitions(PLAIN))
     to_answer = data.draw(st.booleans())
     mode = ValidationMode.test if to_answer else ValidationMode.agnostic
@@ -75,7 +75,7 @@ def test_the_mask_covers_tool_calls(version: str, folder: Path) -> None:
 def test_reasoning_fields_become_thoughts_or_are_refused(version: str, folder: Path) -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So. ", "reasoning_content": "Hm."}]
     expected = expected_ids(version, folder, ValidationMode.agnostic, messages, None)
-    assert (expected is not None) == (version == "v13")
+    assert (expected is not None) == (version in THINKING)
     if expected is None:
         with pytest.raises(ValueError, match="cannot hold content of type thinking"):
             validate_conversation(messages, version)
