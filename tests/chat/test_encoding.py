@@ -27,7 +27,7 @@ from tests.helpers.conversations import (
     quick,
     tool_definitions,
 )
-from tests.helpers.tokenizer_files import VERSIONS, converted
+from tests.helpers.tokenizer_files import THINKING, VERSIONS, converted
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
