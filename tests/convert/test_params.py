@@ -126,6 +126,15 @@ def test_absent_fields_have_the_library_s_values(model_type: str) -> None:
     assert params_difference(short, config_to_params(full)) == {}
 
 
+def test_of_two_spellings_of_rope_parameters_that_of_the_library_counts() -> None:
+    newer = {"rope_type": "default", "rope_theta": 1e4}
+    config = params_to_config(complete(COMMON), "bfloat16") | {"rope_scaling": YARN_ROPE, "rope_parameters": newer}
+    expected = MistralConfig.from_dict(config).rope_parameters
+    params = config_to_params(config)
+    assert params["yarn"]["factor"] == expected["factor"]
+    assert params["rope_theta"] == expected["rope_theta"]
+
+
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 @pytest.mark.parametrize(
     "given",

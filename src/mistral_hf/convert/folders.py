@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -339,7 +339,7 @@ def check_model(
     params: Params,
     head: str,
     where: str,
-    left_out: Collection[str] = (),
+    left_out: Iterable[str] = (),
 ) -> list[str]:
     """Check that a checkpoint holds a whole model; a head beside tied embeddings passes if it repeats them exactly.
 
@@ -357,7 +357,9 @@ def check_model(
     Raises:
         ValueError: A tensor is unknown, missing, or of another shape.
     """
-    found, notes = {name: shape for name, shape in checkpoint.shapes.items() if name not in left_out}, []
+    found, notes = checkpoint.shapes, []
+    for name in left_out:
+        del found[name]
     if params["tied_embeddings"] and head in found:
         if not same_bits(checkpoint.read(head), checkpoint.read(next(iter(expected)))):
             raise CheckpointError(
