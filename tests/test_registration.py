@@ -13,6 +13,7 @@ from transformers.models.mistral.configuration_mistral import MistralConfig as S
 
 import mistral_hf
 from mistral_hf import MistralConfig, registration
+from tests.helpers.family import FAMILIES
 from tests.helpers.processes import run_python
 
 AUTO = {
@@ -99,17 +100,30 @@ CLIP = {
 }
 
 
+AUDIO = {
+    "num_mel_bins": 8,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_source_positions": 8,
+}
+MEDIUM = 98  # the token that stands for a part of an image or sound
+
+
 def composite_config(kind: str, text: Any) -> Any:
     if kind == "mistral3":
-        return transformers.Mistral3Config(text_config=text, vision_config=dict(PIXTRAL), image_token_index=98)
+        return transformers.Mistral3Config(text_config=text, vision_config=dict(PIXTRAL), image_token_index=MEDIUM)
     if kind == "llava":
-        return transformers.LlavaConfig(text_config=text, vision_config=dict(CLIP), image_token_index=98)
+        return transformers.LlavaConfig(text_config=text, vision_config=dict(CLIP), image_token_index=MEDIUM)
+    if kind == "voxtral":
+        return transformers.VoxtralConfig(text_config=text, audio_config=dict(AUDIO), audio_token_id=MEDIUM)
     perceiver = {"hidden_size": 32, "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2}
     return transformers.Idefics2Config(
         text_config=text,
         vision_config={k: v for k, v in CLIP.items() if k != "model_type"},
         perceiver_config={**perceiver, "resampler_head_dim": 8, "num_key_value_heads": 1},
-        image_token_id=98,
+        image_token_id=MEDIUM,
     )
 
 
@@ -117,55 +131,128 @@ COMPOSITES = {
     "mistral3": "Mistral3ForConditionalGeneration",
     "llava": "LlavaForConditionalGeneration",
     "idefics2": "Idefics2ForConditionalGeneration",
+    "voxtral": "VoxtralForConditionalGeneration",
 }
+# Each kind's name for an image or sound, a shape that it takes, its other inputs, and its number of tokens.
+MEDIA: dict[str, tuple[str, tuple[int, ...], dict[str, Any], int]] = {
+    "mistral3": ("pixel_values", (1, 3, 16, 8), {"image_sizes": torch.tensor([[16, 8]])}, 2),
+    "llava": ("pixel_values", (1, 3, 8, 8), {}, 4),
+    "idefics2": ("pixel_values", (1, 1, 3, 8, 8), {}, 2),
+    "voxtral": ("input_features", (1, 8, 16), {}, 2),
+}
+EVERY_COMPOSITE = pytest.mark.parametrize("kind", COMPOSITES)
+EVERY_TEXT_MODEL = pytest.mark.parametrize("model_type", FAMILIES)
 
 
 def text_model(model: Any) -> Any:
     return model.model.text_model if hasattr(model.model, "text_model") else model.model.language_model
 
 
+def make_composite(kind: str, model_type: str, fields: dict[str, Any]) -> Any:
+    """A composite around a tiny text model of this type, which must be ours."""
+    family = FAMILIES[model_type]
+    text = {"model_type": model_type, **family.fields(fields)}
+    model = getattr(transformers, COMPOSITES[kind])(composite_config(kind, text)).eval()
+    assert type(text_model(model)) is getattr(family.modeling, f"{family.stem}Model")
+    assert type(model.config.text_config) is family.config
+    return model
+
+
+def stock_composite(kind: str, model_type: str, folder: Path) -> Any:
+    """The saved composite with the reference's text model; the registration is undone."""
+    mistral_hf.unregister()
+    stock = getattr(transformers, COMPOSITES[kind]).from_pretrained(folder)
+    assert type(text_model(stock)) is getattr(FAMILIES[model_type].stock_modeling, f"{FAMILIES[model_type].stem}Model")
+    return stock
+
+
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("kind", COMPOSITES)
+@EVERY_COMPOSITE
+@EVERY_TEXT_MODEL
 def test_composite_models_contain_ours_and_match_the_reference(
-    kind: str, tiny: Any, padded: Any, tmp_path: Path
+    kind: str, model_type: str, tiny: Any, padded: Any, tmp_path: Path
 ) -> None:
     """Built, run, saved and loaded with our text model, and loaded with the reference's, for the same results."""
-    composite = getattr(transformers, COMPOSITES[kind])
-    model = composite(composite_config(kind, {"model_type": "mistral", **tiny()})).eval()
-    assert type(text_model(model)) is mistral_hf.MistralModel
-    assert type(model.config.text_config) is MistralConfig
+    model = make_composite(kind, model_type, tiny())
     inputs = padded(11, 6)
     inputs["input_ids"] = inputs["input_ids"].clamp(max=97)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["text_config"]
-    assert saved["model_type"] == "mistral"
+    assert saved["model_type"] == model_type
     assert saved["head_dim"] == 12
     real = inputs["attention_mask"].bool()
-    expected = model(**inputs).logits
+    # Without positions, the reference counts the padding, by which Ministral 3 scales its queries.
+    positions = {"position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+    expected = model(**inputs, **positions).logits
     text = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-    again = composite.from_pretrained(tmp_path)
-    assert type(text_model(again)) is mistral_hf.MistralModel
-    assert torch.equal(again(**inputs).logits, expected)
-    mistral_hf.unregister()
-    stock = composite.from_pretrained(tmp_path)
-    assert type(text_model(stock)) is stock_modeling.MistralModel
-    torch.testing.assert_close(expected[real], stock(**inputs).logits[real], rtol=1e-5, atol=1e-5)
+    again = type(model).from_pretrained(tmp_path)
+    assert type(text_model(again)) is type(text_model(model))
+    assert torch.equal(again(**inputs, **positions).logits, expected)
+    stock = stock_composite(kind, model_type, tmp_path)
+    torch.testing.assert_close(expected[real], stock(**inputs, **positions).logits[real], rtol=1e-5, atol=1e-5)
     assert torch.equal(text, stock.generate(**inputs, max_new_tokens=12, do_sample=False))
 
 
-def test_a_composite_model_reads_images(tiny: Any) -> None:
-    config = composite_config("mistral3", {"model_type": "mistral", **tiny()})
-    model = transformers.Mistral3ForConditionalGeneration(config).eval()
-    ids = torch.tensor([[5, 98, 98, 6, 7]])  # a block of two by two patches is one token
-    images = {"pixel_values": torch.randn(1, 3, 16, 8), "image_sizes": torch.tensor([[16, 8]])}
-    output = model(ids, **images).logits
-    assert (output - model(ids, pixel_values=-images["pixel_values"], image_sizes=images["image_sizes"]).logits).any()
-    assert model.generate(ids, **images, max_new_tokens=4, do_sample=False).shape == (1, 9)
+@pytest.mark.usefixtures("registered")
+@EVERY_COMPOSITE
+@EVERY_TEXT_MODEL
+def test_composite_models_read_images_and_sounds_as_the_reference_does(
+    kind: str, model_type: str, tiny: Any, token_ids: Any, tmp_path: Path
+) -> None:
+    """The medium is within the window of the prompt, and beyond it in the text that follows."""
+    model = make_composite(kind, model_type, tiny())
+    name, shape, others, count = MEDIA[kind]
+    medium = torch.randn(shape)
+    ids = torch.cat([token_ids(1, 4).clamp(max=97), torch.full((1, count), MEDIUM), token_ids(1, 3).clamp(max=97)], 1)
+    inputs = {"input_ids": ids, name: medium, **others}
+    logits = model(**inputs).logits
+    assert (logits - model(**inputs | {name: -medium}).logits).abs().max() > 1e-3
+    text = model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert text.shape == (1, ids.shape[1] + 12)
+    model.save_pretrained(tmp_path)
+    stock = stock_composite(kind, model_type, tmp_path)
+    torch.testing.assert_close(logits, stock(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(text, stock.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False))
 
 
 def test_a_composite_model_takes_the_reference_text_configuration(tiny: Any, token_ids: Any) -> None:
     model = transformers.Mistral3ForConditionalGeneration(composite_config("mistral3", StockConfig(**tiny())))
     assert model(token_ids(1, 5).clamp(max=97)).logits.shape == (1, 5, 99)
+
+
+# A field of a mixture of experts, and the Auto class that gives its language model.
+EXPERTS = {
+    "mixtral": ({"num_local_experts": 2, "num_experts_per_tok": 1}, "AutoModelForCausalLM"),
+    "mistral4": (
+        {
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+        },
+        "AutoModelForImageTextToText",
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", EXPERTS)
+def test_a_mixture_of_experts_stays_the_library_s_and_is_refused_here(
+    model_type: str, tiny: Any, tmp_path: Path
+) -> None:
+    fields, auto = EXPERTS[model_type]
+    sizes = {name: value for name, value in tiny().items() if name not in ("head_dim", "sliding_window")}
+    name = f"{model_type.capitalize()}ForCausalLM"
+    config = AutoConfig.for_model(model_type, **sizes | fields)
+    getattr(transformers, auto).from_config(config).save_pretrained(tmp_path)
+    model = getattr(transformers, auto).from_pretrained(tmp_path)
+    assert type(model) is getattr(transformers, name)
+    assert type(model).__module__ == f"transformers.models.{model_type}.modeling_{model_type}"
+    message = f"model_type='{model_type}' is a mixture of experts, .* use the library's {name}, which the Auto classes"
+    for family in FAMILIES.values():
+        for ours in (family.config, getattr(family.modeling, f"{family.stem}ForCausalLM")):
+            with pytest.raises(ValueError, match=message):
+                ours.from_pretrained(tmp_path)
 
 
 def test_importing_loads_only_the_files_of_the_package() -> None:

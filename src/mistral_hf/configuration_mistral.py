@@ -24,6 +24,7 @@ _POSITIVE_ROPE = {
 _OTHER_ROPE = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "partial_rotary_factor", "llama_4_scaling_beta"}
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers
+_EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")  # only mixtures of experts have one of them
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 
@@ -116,6 +117,22 @@ class MistralConfig(PreTrainedConfig):
             self._check_rope(parameters)
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Make a configuration from the content of a ``config.json``, as the library does.
+
+        Raises:
+            ValueError: It is the configuration of a mixture of experts.
+        """
+        for fields in (config_dict, config_dict.get("text_config") or {}):
+            if any(fields.get(name) for name in _EXPERTS):
+                named = (config_dict.get("architectures") or ["class"])[0]
+                raise ValueError(
+                    f"{cls.__name__}: model_type={config_dict.get('model_type')!r:.200} is a mixture of experts, which"
+                    f" mistral_hf does not have: use the library's {named!s:.200}, which the Auto classes give."
+                )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_shape(self) -> tuple[int, int, int]:

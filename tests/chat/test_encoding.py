@@ -27,7 +27,7 @@ from tests.helpers.conversations import (
     quick,
     tool_definitions,
 )
-from tests.helpers.tokenizer_files import VERSIONS, converted
+from tests.helpers.tokenizer_files import THINKING, VERSIONS, converted
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -43,7 +43,7 @@ def outcome(version: str, folder: Path, messages: list[dict[str, Any]], tools: A
 def check_ids(version: str, folder: Path, data: st.DataObject) -> None:
     """Draw a conversation in which most texts hide a control token, and compare its ids with mistral-common's."""
     text = data.draw(st.sampled_from([HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, BROKEN]))
-    messages = data.draw(conversations(text, json_texts(text), thoughts=version == "v13"))
+    messages = data.draw(conversations(text, json_texts(text), thoughts=version in THINKING))
     tools = data.draw(tool_definitions(text))
     expected = expected_ids(version, folder, ValidationMode.agnostic, messages, tools)
     assert outcome(version, folder, messages, tools) == expected

@@ -16,7 +16,7 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_hf.chat.encoding import encode_conversation
 from mistral_hf.chat.template import get_chat_template, validate_conversation
 from tests.helpers.conversations import PLAIN, conversations, expected_ids, quick, tool_definitions, written_json_texts
-from tests.helpers.tokenizer_files import VERSIONS, converted, reference
+from tests.helpers.tokenizer_files import THINKING, VERSIONS, converted, reference
 
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
@@ -29,7 +29,7 @@ def test_the_template_encodes_what_mistral_common_does(version: str, folder: Pat
 
     JSON text is in Python's spelling, since the template cannot parse it; `encode_conversation` takes any.
     """
-    messages = data.draw(conversations(PLAIN, written_json_texts(PLAIN), thoughts=version == "v13"))
+    messages = data.draw(conversations(PLAIN, written_json_texts(PLAIN), thoughts=version in THINKING))
     tools = data.draw(tool_definitions(PLAIN))
     to_answer = data.draw(st.booleans())
     mode = ValidationMode.test if to_answer else ValidationMode.agnostic
@@ -75,12 +75,54 @@ def test_the_mask_covers_tool_calls(version: str, folder: Path) -> None:
 def test_reasoning_fields_become_thoughts_or_are_refused(version: str, folder: Path) -> None:
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "So. ", "reasoning_content": "Hm."}]
     expected = expected_ids(version, folder, ValidationMode.agnostic, messages, None)
-    assert (expected is not None) == (version == "v13")
+    assert (expected is not None) == (version in THINKING)
     if expected is None:
         with pytest.raises(ValueError, match="cannot hold content of type thinking"):
             validate_conversation(messages, version)
     else:
         assert encode_conversation(converted(version, folder), messages) == expected
+
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SCHEMA = {"type": "object", "properties": {"é": {"type": "string"}, "a": {"enum": [1, None]}}}
+FORMATS = [
+    None,
+    {"type": "text"},
+    {"type": "json_object"},
+    {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+]
+
+
+@pytest.mark.parametrize("response_format", FORMATS, ids=lambda given: given and given["type"])
+@pytest.mark.parametrize("effort", [None, "none", "high", "low"])
+def test_version_15_writes_the_settings_that_mistral_common_does(
+    effort: str | None, response_format: dict[str, Any] | None, folder: Path
+) -> None:
+    """``"low"`` is no value that the tokenizer file allows."""
+    messages = [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER]
+    given = {"reasoning_effort": effort, "response_format": response_format}
+    options = {name: value for name, value in given.items() if value is not None}
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
+    for available in (None, tools):
+        expected = expected_ids("v15", folder, ValidationMode.agnostic, messages, available, **options)
+        assert (expected is None) == (effort == "low")
+        if expected is None:
+            with pytest.raises(ValueError, match=r"reasoning_effort must be one of \[none, high\], not low"):
+                encode_conversation(converted("v15", folder), messages, tools=available, **options)
+        else:
+            assert encode_conversation(converted("v15", folder), messages, tools=available, **options) == expected
+
+
+def test_settings_that_a_tokenizer_file_does_not_have_are_refused(folder: Path) -> None:
+    tokenizer, template = converted("v15", folder), get_chat_template("v15")
+    bare = tokenizer.apply_chat_template([USER], chat_template=template, tokenize=False)
+    assert bare == "<s>[INST]q[/INST]"
+    for option, message in (
+        ({"reasoning_effort": "high"}, r"reasoning_effort must be one of \[\], not high"),
+        ({"response_format": {"type": "json_object"}}, "response_format has type json_object"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            tokenizer.apply_chat_template([USER], chat_template=template, tokenize=False, **option)
 
 
 def test_a_conversation_has_one_beginning_token(folder: Path) -> None:
@@ -91,7 +133,6 @@ def test_a_conversation_has_one_beginning_token(folder: Path) -> None:
         assert ids[0] == tokenizer.bos_token_id
 
 
-USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALLS = {"role": "assistant", "tool_calls": [{"id": "abcdefghi", "function": {"name": "f", "arguments": {}}}]}
 OPEN_THOUGHT = {"type": "thinking", "thinking": "t", "closed": False}
 RESULT = {"role": "tool", "content": "r", "tool_call_id": "abcdefghi"}
@@ -115,6 +156,7 @@ RESULT = {"role": "tool", "content": "r", "tool_call_id": "abcdefghi"}
         ("v11", [USER, CALLS, RESULT, RESULT], "Unexpected or duplicate tool call id"),
         ("v3", [USER, CALLS, {**RESULT, "tool_call_id": "short"}], "Tool call id was short"),
         ("v13", [USER, CALLS, {**RESULT, "tool_call_id": ""}], "non-empty string"),
+        ("v15", [{"role": "system", "content": [OPEN_THOUGHT]}], "cannot hold content of type thinking"),
         ("v3", [USER, {**CALLS, "content": "both"}], "either content or tool_calls"),
         ("v7", [USER, {"role": "assistant", "content": ""}], "must have content or tool_calls"),
         ("v1", [USER, CALLS], "has no tools"),

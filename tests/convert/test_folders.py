@@ -26,7 +26,17 @@ from mistral_hf.convert.folders import Conversion, convert_hf_to_raw, convert_ra
 from mistral_hf.convert.params import complete_params, normalize_params, params_difference
 from mistral_hf.convert.tensors import raw_shapes
 from tests.helpers.checkpoint_files import bits, load_folder, read_json, relative_error
-from tests.helpers.raw_reference import COMMON, GENERATIONS, TOKENS, in_child, raw_tensors, reference_logits, write_raw
+from tests.helpers.raw_reference import (
+    COMMON,
+    GENERATIONS,
+    TOKENS,
+    VISION_SHAPES,
+    in_child,
+    raw_tensors,
+    reference_logits,
+    write_raw,
+    write_raw_composite,
+)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -44,7 +54,65 @@ def test_there_and_back_is_bit_exact(generation: str, layout: str, tmp_path: Pat
     convert_raw_to_hf(tmp_path / "back", tmp_path / "hf2", max_shard_size="20KB")
     assert bits(load_folder(tmp_path / "hf2")) == bits(load_folder(tmp_path / "hf"))
     assert read_json(tmp_path / "hf2/config.json") == read_json(tmp_path / "hf/config.json")
-    assert check_manifest(tmp_path / "hf") >= 3
+    assert check_manifest(tmp_path / "hf") >= 4
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_params_json_comes_back_byte_for_byte(generation: str, tmp_path: Path) -> None:
+    raw = write_raw(tmp_path / "raw", GENERATIONS[generation], raw_tensors(GENERATIONS[generation]))
+    convert_raw_to_hf(raw, tmp_path / "hf")
+    convert_hf_to_raw(tmp_path / "hf", tmp_path / "back")
+    assert (tmp_path / "back/params.json").read_bytes() == (raw / "params.json").read_bytes()
+
+
+def test_params_json_is_made_anew_if_the_original_says_something_else(tmp_path: Path) -> None:
+    """A configuration that was changed counts, and so do values that were given as options."""
+    without = {name: value for name, value in COMMON.items() if name not in ("rope_theta", "max_seq_len")}
+    raw = write_raw(tmp_path / "raw", without, raw_tensors(COMMON))
+    convert_raw_to_hf(raw, tmp_path / "hf", rope_theta=5e5, max_position_embeddings=77)
+    convert_hf_to_raw(tmp_path / "hf", tmp_path / "given")
+    given = read_json(tmp_path / "given/params.json")
+    assert (given["rope_theta"], given["max_seq_len"]) == (5e5, 77)
+    config = read_json(tmp_path / "hf/config.json")
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"sliding_window": 9}))
+    for damage in ("", "{"):
+        if damage:
+            (tmp_path / "hf/original/params.json").write_text(damage)
+        convert_hf_to_raw(tmp_path / "hf", tmp_path / f"changed{damage}")
+        assert read_json(tmp_path / f"changed{damage}/params.json") == given | {"sliding_window": 9}
+
+
+@pytest.mark.parametrize("generation", ["7B v0.2", "Ministral 3"])
+def test_the_text_model_beside_a_vision_tower_is_converted_and_the_tower_is_named(
+    generation: str, tmp_path: Path
+) -> None:
+    params = GENERATIONS[generation]
+    tensors = write_raw_composite(tmp_path / "raw", params)
+    result = convert_raw_to_hf(tmp_path / "raw", tmp_path / "hf")
+    assert sorted(result.left_out) == sorted(VISION_SHAPES)
+    assert result.tensors == len(tensors)
+    for line in ("vision_encoder.* left out: 2 tensors", "patch_merger.* left out: 1 tensors"):
+        assert f"note: {line} of the vision tower" in result.summary()
+    convert_raw_to_hf(write_raw(tmp_path / "text", params, tensors), tmp_path / "text-hf")
+    assert bits(load_folder(tmp_path / "hf")) == bits(load_folder(tmp_path / "text-hf"))
+    assert read_json(tmp_path / "hf/config.json") == read_json(tmp_path / "text-hf/config.json")
+
+
+def test_the_way_back_says_that_the_vision_tower_is_gone(tmp_path: Path) -> None:
+    tensors = write_raw_composite(tmp_path / "raw", COMMON)
+    convert_raw_to_hf(tmp_path / "raw", tmp_path / "hf")
+    result = convert_hf_to_raw(tmp_path / "hf", tmp_path / "back")
+    assert any(note.startswith("the text model only: ") for note in result.notes)
+    assert bits(load_file(tmp_path / "back/consolidated.safetensors")) == bits(tensors)
+    assert "vision_encoder" not in read_json(tmp_path / "back/params.json")
+    assert convert_raw_to_hf(tmp_path / "back", tmp_path / "hf2").left_out == ()
+
+
+def test_a_vision_tower_that_params_json_does_not_describe_is_refused(tmp_path: Path) -> None:
+    write_raw_composite(tmp_path / "raw", COMMON)
+    (tmp_path / "raw/params.json").write_text(json.dumps(COMMON))
+    with pytest.raises(ValueError, match=r"5 unexpected tensors.* vision tower, which params\.json does not"):
+        convert_raw_to_hf(tmp_path / "raw", tmp_path / "hf")
 
 
 def test_this_package_reads_the_result(tmp_path: Path) -> None:
@@ -173,7 +241,7 @@ def test_an_output_that_is_a_symbolic_link_is_written_where_it_points_to(there: 
         (tmp_path / "disk/hf").mkdir()
     convert_raw_to_hf(raw, tmp_path / "hf")
     assert os.readlink(tmp_path / "hf") == "disk/hf"
-    assert check_manifest(tmp_path / "disk/hf") == 3
+    assert check_manifest(tmp_path / "disk/hf") == 4
 
 
 # Interrupted and failed runs
@@ -191,7 +259,7 @@ def test_a_killed_conversion_leaves_nothing_finished_and_the_next_run_is_clean(t
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hf.incomplete", "raw"]
     convert_raw_to_hf(raw, tmp_path / "hf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "raw"]
-    assert check_manifest(tmp_path / "hf") == 3
+    assert check_manifest(tmp_path / "hf") == 4
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3.configuration_ministral3 import Ministral3Config
 from transformers.models.mistral.configuration_mistral import MistralConfig
 
@@ -19,8 +21,10 @@ from mistral_hf.convert.params import (
     params_difference,
     params_to_config,
 )
-from tests.helpers.raw_reference import COMMON, GENERATIONS, YARN
+from tests.helpers.family import FAMILIES
+from tests.helpers.raw_reference import COMMON, GENERATIONS, VISION_PARAMS, YARN
 
+YARN_ROPE = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
 SIZE_FIELDS = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 
 
@@ -39,11 +43,13 @@ def test_params_survive_the_round_trip(generation: str) -> None:
 def test_the_library_reads_our_config_and_we_read_that_of_the_library(generation: str, tmp_path: Path) -> None:
     params = complete(GENERATIONS[generation])
     ours = params_to_config(params, "bfloat16")
-    library = Ministral3Config if ours["model_type"] == "ministral3" else MistralConfig
+    library = FAMILIES[ours["model_type"]].stock_config
     config = library.from_dict(ours)
     assert config.rope_parameters["rope_theta"] == params["rope_theta"]
     assert config.rope_parameters["rope_type"] == ("yarn" if params["yarn"] else "default")
-    assert (config.sliding_window, config.head_dim) == (params["sliding_window"], params["head_dim"])
+    full_layers = [kind == "full_attention" for kind in getattr(config, "layer_types", None) or []]
+    windows = [None if full else config.sliding_window for full in full_layers] or config.sliding_window
+    assert (windows, config.head_dim) == (params["sliding_window"], params["head_dim"])
     config.save_pretrained(tmp_path)
     saved = library.from_pretrained(tmp_path).to_dict()
     assert params_difference(config_to_params(saved), params) == {}
@@ -60,11 +66,99 @@ def test_a_window_given_as_text_or_as_a_uniform_list_is_one_number() -> None:
     assert normalize_params({**COMMON, "_sliding_window": [32, 32]})["sliding_window"] == 32
 
 
-def test_layers_with_different_windows_are_exact_or_refused() -> None:
-    params = {**COMMON, "sliding_window": [None, 8], "max_seq_len": None}
-    assert complete(params, max_position_embeddings=8)["sliding_window"] == 8
-    with pytest.raises(ValueError, match="--max_position_embeddings 8"):
-        complete(params, max_position_embeddings=9)
+def test_windows_by_layer_make_a_ministral_model() -> None:
+    config = params_to_config(complete({**COMMON, "n_layers": 4, "_sliding_window": [None, 8]}), "bfloat16")
+    assert (config["model_type"], config["architectures"]) == ("ministral", ["MinistralForCausalLM"])
+    assert config["sliding_window"] == 8
+    assert config["layer_types"] == ["full_attention", "sliding_attention"] * 2
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "ministral"])
+def test_layer_types_without_a_difference_are_one_window(model_type: str) -> None:
+    config = params_to_config(complete({**COMMON, "sliding_window": 8}), "bfloat16") | {"model_type": model_type}
+    for kinds, window in ((["sliding_attention"] * 2, 8), (["full_attention"] * 3, None), (None, 8)):
+        assert config_to_params(config | {"layer_types": kinds})["sliding_window"] == window
+
+
+SCALED = {"yarn": YARN, "llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sliding_window": [4, 8]}, r"windows of \[4, 8\], but a model type has one size"),
+        ({"sliding_window": [None, 8], **SCALED}, "no model type has both llama_4_scaling"),
+    ],
+)
+def test_what_no_model_type_expresses_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        params_to_config(complete({**COMMON, **change}), "bfloat16")
+
+
+def test_the_raw_ministral_3_is_the_library_s_default_configuration() -> None:
+    """The library's defaults are those of Ministral 3 8B; its own conversion sets both mscale fields to 1."""
+    params = {
+        **dict(zip(SIZE_FIELDS, (4096, 34, 32, 8, 128, 14336, 131072), strict=True)),
+        "norm_eps": 1e-5,
+        "tied_embeddings": False,
+        **VISION_PARAMS,
+        "yarn": {"original_max_position_embeddings": 16384, "factor": 16, "apply_scale": False, "beta": 32, "alpha": 1},
+        "llama_4_scaling": {"original_max_position_embeddings": 16384, "beta": 0.1},
+    }
+    ours = Ministral3Config.from_dict(params_to_config(complete(params), "bfloat16"))
+    different = {
+        name: (value, getattr(ours, name))
+        for name, value in Ministral3Config().to_dict().items()
+        if name not in ("architectures", "dtype", "pad_token_id", "transformers_version")
+        and getattr(ours, name, value) != value
+    }
+    library, own = (dict(rope) for rope in different.pop("rope_parameters"))
+    assert different == {}
+    assert {name: library[name] for name in own} == own
+    assert library.keys() - own.keys() <= {"type", "max_position_embeddings"}  # without effect
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_absent_fields_have_the_library_s_values(model_type: str) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 16, "intermediate_size": 96}
+    full = FAMILIES[model_type].stock_config(**sizes, vocab_size=80).to_dict()
+    short = config_to_params({"model_type": model_type, **sizes, "vocab_size": 80})
+    assert params_difference(short, config_to_params(full)) == {}
+
+
+def test_of_two_spellings_of_rope_parameters_that_of_the_library_counts() -> None:
+    newer = {"rope_type": "default", "rope_theta": 1e4}
+    config = params_to_config(complete(COMMON), "bfloat16") | {"rope_scaling": YARN_ROPE, "rope_parameters": newer}
+    expected = MistralConfig.from_dict(config).rope_parameters
+    params = config_to_params(config)
+    assert params["yarn"]["factor"] == expected["factor"]
+    assert params["rope_theta"] == expected["rope_theta"]
+
+
+@pytest.mark.parametrize("factor", [0.5, 4.0])
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({}, {"mscale": 1.0}, {"mscale": 1.0, "mscale_all_dim": 0.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        *({"mscale": 0.7, "mscale_all_dim": 0.7}, {"mscale": 0.7, "mscale_all_dim": 1.0}, {"attention_factor": 1.0}),
+        *({"attention_factor": 1.2}, {"attention_factor": 1.0, "mscale": 0.7, "mscale_all_dim": 1.0}),
+        {"attention_factor": 0.1 * math.log(4.0) + 1},
+    ],
+    ids=str,
+)
+def test_yarn_that_scales_in_another_way_is_refused_and_all_other_is_converted(
+    given: dict[str, float], factor: float
+) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": factor, "original_max_position_embeddings": 8, **given}
+    config = params_to_config(complete(COMMON), "bfloat16") | {"rope_parameters": rope}
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](MistralConfig.from_dict(config))
+    plain = 0.1 * math.log(max(factor, 1)) + 1
+    if expected in (pytest.approx(1), pytest.approx(plain)):
+        applied = config_to_params(config)["yarn"]["apply_scale"]
+        assert expected == pytest.approx(plain if applied else 1)
+    else:
+        with pytest.raises(ValueError, match=f"multiply by {expected:.6g}"):
+            config_to_params(config)
 
 
 def test_known_models_fill_the_gaps_and_say_so() -> None:
@@ -96,7 +190,7 @@ def test_an_unknown_model_needs_its_missing_values() -> None:
     [
         ({"moe": {"num_experts": 8}}, "mixture of experts"),
         ({"model_type": "mamba"}, "model_type='mamba'"),
-        ({"vision_encoder": {"hidden_size": 1}}, "vision tower"),
+        ({"multimodal": {"whisper_model_args": {}}}, "multimodal"),
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, "quantized"),
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"activation": "gelu"}, "activation='gelu'"),
@@ -118,6 +212,15 @@ def test_bad_params_are_refused_by_name(change: dict[str, Any], message: str) ->
         params_to_config(complete({**COMMON, **change}), "bfloat16")
 
 
+def test_a_mixture_of_experts_is_pointed_to_the_library() -> None:
+    with pytest.raises(ValueError, match=r"a mixture of experts, for .* MixtralForCausalLM"):
+        normalize_params({**COMMON, "moe": {"num_experts": 8}})
+
+
+def test_a_vision_tower_does_not_change_the_text_model() -> None:
+    assert normalize_params(COMMON | VISION_PARAMS) == normalize_params(COMMON)
+
+
 def test_features_set_to_null_are_ignored() -> None:
     assert normalize_params({**COMMON, "moe": None, "quantization": None, "kv_lora_rank": None, "lora": None})
 
@@ -125,12 +228,21 @@ def test_features_set_to_null_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"model_type": "llama"}, "model_type='llama'.* in the library's classes"),
+        ({"model_type": "mistral3"}, "model_type='mistral3'"),
+        ({"model_type": "mixtral"}, "model_type='mixtral'"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantized"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_type='linear'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}}, "yarn parameters"),
-        ({"layer_types": ["full_attention"]}, "layers that differ"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}},
+            "attention_factor makes yarn",
+        ),
+        ({"rope_scaling": {**YARN_ROPE, "short_factor": 3.0}}, "yarn parameters without a raw form: {'short_factor'"),
+        ({"rope_scaling": {**YARN_ROPE, "truncate": False}}, "yarn parameters without a raw form: {'truncate'"),
+        ({"rope_scaling": {**YARN_ROPE, "llama_4_scaling_beta": 0.1}}, "only in a 'ministral3' model"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope parameters for 'full_attention'"),
+        ({"layer_types": ["full_attention"]}, "layer_types must give"),
         ({"hidden_size": None}, r"config\.json: hidden_size must be"),
     ],
 )

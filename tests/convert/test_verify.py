@@ -15,7 +15,7 @@ from mistral_hf.convert import params as params_module
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf
 from mistral_hf.convert.verify import verify
 from tests.helpers.checkpoint_files import read_json
-from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw
+from tests.helpers.raw_reference import COMMON, GENERATIONS, raw_tensors, write_raw, write_raw_composite
 from tests.helpers.tokenizer_files import REAL
 
 
@@ -23,7 +23,7 @@ def outcomes(a: Path, b: Path, **options: Any) -> dict[str, bool | None]:
     return {check.name: check.ok for check in verify(a, b, **options)}
 
 
-@pytest.mark.parametrize("generation", ["7B v0.1", "Nemo", "Ministral 8B", "tied", "yarn"])
+@pytest.mark.parametrize("generation", ["7B v0.1", "Nemo", "Ministral 8B", "tied", "yarn", "Ministral 3"])
 def test_a_faithful_conversion_passes(generation: str, tmp_path: Path) -> None:
     params = GENERATIONS[generation]
     raw = write_raw(tmp_path / "raw", params, raw_tensors(params))
@@ -110,17 +110,20 @@ def test_a_length_that_neither_folder_gives_is_not_needed(tmp_path: Path) -> Non
     assert outcomes(a, b) == {"configuration": True, "tensors": True, "tokenizer": None, "logits": True}
 
 
-def test_layers_with_different_windows_are_compared_except_for_their_logits(tmp_path: Path) -> None:
-    params = {**GENERATIONS["Ministral 8B"], "max_seq_len": 64}
+def test_raw_layers_with_different_windows_are_compared_past_the_window(tmp_path: Path) -> None:
+    params = GENERATIONS["Ministral 8B"]
     a, b = (write_without(tmp_path / name, params, *left_out) for name, left_out in (("a", ()), ("b", ["max_seq_len"])))
-    checks = {check.name: check for check in verify(a, b)}
-    assert {name: check.ok for name, check in checks.items()} == {
-        "configuration": True,
-        "tensors": True,
-        "tokenizer": None,
-        "logits": None,
-    }
-    assert "different windows" in checks["logits"].detail
+    assert outcomes(a, b) == {"configuration": True, "tensors": True, "tokenizer": None, "logits": True}
+    other = write_without(tmp_path / "c", params | {"_sliding_window": [6, 6, 6, None]})
+    assert outcomes(a, other) == {"configuration": False, "tensors": True, "tokenizer": None, "logits": False}
+
+
+def test_a_vision_tower_is_named_as_not_compared(tmp_path: Path) -> None:
+    write_raw_composite(tmp_path / "raw", COMMON)
+    convert_raw_to_hf(tmp_path / "raw", tmp_path / "hf")
+    checks = {check.name: check for check in verify(tmp_path / "raw", tmp_path / "hf")}
+    assert [check.ok for check in checks.values()] == [True, True, None, True]
+    assert "not compared: 5 tensors of a vision tower" in checks["tensors"].detail
 
 
 def test_the_table_of_published_models_gives_a_missing_rope_theta(

@@ -25,7 +25,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     "Nemo": {**COMMON, "dim": 40, "head_dim": 16},
     "Codestral 22B": {**COMMON, "n_heads": 6, "n_kv_heads": 1, "dim": 48},
     "Small 24B": {**COMMON, "head_dim": 24, "rope_theta": 1e8, "tied_embeddings": False},
-    "Ministral 8B": {**COMMON, "n_layers": 4, "_sliding_window": [None, 8, 8, 8], "max_seq_len": 8},
+    "Ministral 8B": {**COMMON, "n_layers": 4, "_sliding_window": [None, 6, 6, 6]},
     "tied": {**COMMON, "tied_embeddings": True},
     "yarn": {**COMMON, "yarn": {**YARN, "apply_scale": True}},
     "Ministral 3": {
@@ -34,6 +34,22 @@ GENERATIONS: dict[str, dict[str, Any]] = {
         "llama_4_scaling": {"original_max_position_embeddings": 16, "beta": 0.1},
         "q_lora_rank": None,
     },
+    "Ministral 3 with a window": {
+        **COMMON,
+        "yarn": {**YARN, "original_max_position_embeddings": 8, "apply_scale": True},
+        "llama_4_scaling": {"original_max_position_embeddings": 8, "beta": 0.5},
+        "sliding_window": 6,
+        "tied_embeddings": True,
+    },
+}
+# A vision tower beside the text model, as far as the conversion looks at it.
+VISION_PARAMS = {"vision_encoder": {"hidden_size": 8, "patch_size": 2, "spatial_merge_size": 2}}
+VISION_SHAPES = {
+    "vision_encoder.patch_conv.weight": (8, 3, 2, 2),
+    "vision_encoder.transformer.layers.0.attention.wq.weight": (8, 8),
+    "vision_language_adapter.w_in.weight": (64, 8),
+    "patch_merger.merging_layer.weight": (8, 32),
+    "pre_mm_projector_norm.weight": (8,),
 }
 
 
@@ -82,6 +98,13 @@ def write_raw(
     return folder
 
 
+def write_raw_composite(folder: Path, params: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Write a raw folder with a vision tower beside the text model, and return the tensors of the latter."""
+    tensors = raw_tensors(params)
+    write_raw(folder, params | VISION_PARAMS, tensors | {name: torch.ones(s) for name, s in VISION_SHAPES.items()})
+    return tensors
+
+
 def write_raw_lora(folder: Path, rank: int = 4) -> dict[str, torch.Tensor]:
     """Write a raw LoRA folder for the model `COMMON`, with scale 0.5, and return its tensors."""
     generator = torch.Generator().manual_seed(1)
@@ -110,9 +133,10 @@ def reference_logits(tensors: dict[str, torch.Tensor], params: dict[str, Any], t
     """``[S, V]`` logits in float64: the raw model, one position and one head at a time."""
     w = {name: tensor.double() for name, tensor in tensors.items()}
     heads, kv_heads, dim = params["n_heads"], params["n_kv_heads"], params["head_dim"]
-    window = params.get("sliding_window") or params.get("max_seq_len", 1 << 30)
+    windows = params.get("sliding_window") or params.get("_sliding_window")
     hidden = w["tok_embeddings.weight"][tokens]
     for n in range(params["n_layers"]):
+        window = (windows[n % len(windows)] if isinstance(windows, list) else windows) or len(tokens)
         at = f"layers.{n}.attention"
         x = _norm(hidden, w[f"layers.{n}.attention_norm.weight"], params["norm_eps"])
         q = _rope((x @ w[f"{at}.wq.weight"].T).view(-1, heads, dim), params["rope_theta"])

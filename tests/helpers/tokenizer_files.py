@@ -24,9 +24,14 @@ REAL = {
 SPECIAL_TOKENS = (
     "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
     "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT] "
-    "[AUDIO] [BEGIN_AUDIO] [ARGS] [CALL_ID] [THINK] [/THINK]"
+    "[AUDIO] [BEGIN_AUDIO] [ARGS] [CALL_ID] [THINK] [/THINK] [MODEL_SETTINGS] [/MODEL_SETTINGS]"
 )
-VERSIONS = [*REAL, "v7-tekken", "v11", "v13"]
+VERSIONS = [*REAL, "v7-tekken", "v11", "v13", "v15"]
+THINKING = ("v13", "v15")  # versions with thoughts
+SETTINGS = {
+    "reasoning_effort": {"type": "enum", "accepts_none": True, "default": "none", "values": ["none", "high"]},
+    "json_schema": {"type": "json_schema", "accepts_none": False, "default": None},
+}
 
 
 @lru_cache
@@ -44,6 +49,8 @@ def raw_file(version: str, folder: Path) -> Path:
         "default_vocab_size": 4040,
         "num_vocab_tokens": 4000,
     }
+    if version == "v15":
+        content["model_settings_builder"] = SETTINGS
     path = folder / version / "tekken.json"
     path.parent.mkdir()
     path.write_text(json.dumps(content | {"special_tokens": special}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,11 @@ TEMPLATES = {
     "v7-tekken": "v7.jinja",
     "v11": "v11.jinja",
     "v13": "v13.jinja",
+    "v15": "v13.jinja",
 }
 
 
-def get_chat_template(version: str) -> str:
+def get_chat_template(version: str, settings: Mapping[str, Any] | None = None) -> str:
     """The Jinja chat template for a tokenizer version.
 
     It renders the text that Mistral's own tokenizer encodes for the same conversation, and raises an error for the
@@ -35,6 +37,9 @@ def get_chat_template(version: str) -> str:
 
     Args:
         version: One of `TEMPLATES`, such as ``"v3"`` or ``"v7-tekken"``.
+        settings: For version 15, what the model's tokenizer file allows: the values of ``reasoning_effort``
+            (``efforts``), the one that counts if none is given (``effort``), and whether a ``response_format`` may be
+            given (``schema``). Without it, none of them.
 
     Returns:
         The template's text, for ``tokenizer.chat_template``.
@@ -47,7 +52,8 @@ def get_chat_template(version: str) -> str:
     folder = Path(__file__).with_name("templates")
     number = version.removesuffix("-tekken").removeprefix("v")
     parts = [(folder / name).read_text("utf-8") for name in ("turns.jinja", TEMPLATES[version])]
-    return f"{{%- set version = {number} -%}}\n" + "".join(parts)
+    known = json.dumps(settings or {"efforts": [], "effort": "", "schema": False}) if version == "v15" else "{}"
+    return f"{{%- set version = {number} -%}}\n{{%- set settings = {known} -%}}\n" + "".join(parts)
 
 
 def validate_conversation(

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,15 @@ from ..checkpoints.writer import (
 )
 from ..compatibility import CheckpointError
 from .lora import lora_config_to_peft, peft_config_to_lora
-from .params import Params, complete_params, config_to_params, normalize_params, params_to_config
+from .params import (
+    VISION,
+    Params,
+    complete_params,
+    config_to_params,
+    normalize_params,
+    params_difference,
+    params_to_config,
+)
 from .tensors import (
     LORA_TO_PEFT,
     RAW_TO_HF,
@@ -39,6 +48,7 @@ from .tensors import (
     is_rotary,
     raw_shapes,
     raw_to_hf,
+    vision_part,
 )
 from .tokenizer import convert_tokenizer, find_raw_tokenizer
 
@@ -46,6 +56,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SHARD_SIZE = "5GB"  # of a model in the Hugging Face format, unless another is given
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SPARE_BYTES = 100_000_000
+_ORIGINAL = "original"  # the subfolder with raw files, for the way back
 
 
 class Conversion(NamedTuple):
@@ -56,12 +67,14 @@ class Conversion(NamedTuple):
         tensors: Number of tensors.
         nbytes: Size of the tensors in bytes.
         notes: A line for each thing that the input did not give, or that the output cannot hold.
+        left_out: The tensors of the input that the output lacks: those of a vision tower.
     """
 
     output: Path
     tensors: int
     nbytes: int
     notes: list[str]
+    left_out: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """The lines that a command prints at the end."""
@@ -88,6 +101,7 @@ def convert_raw_to_hf(
 ) -> Conversion:
     """Convert a raw model folder, or a raw LoRA folder, to Hugging Face (or PEFT) format.
 
+    Of a model with a vision tower, the text model is converted, and the tower is left out, as the result says.
     An adapter takes `dtype`, `overwrite` and `progress` only: the other options belong to its base model.
 
     Args:
@@ -118,22 +132,26 @@ def convert_raw_to_hf(
         )
         return _raw_adapter_to_peft(source, _Output(output_dir, dtype, None, overwrite, progress))
     output = _Output(output_dir, dtype, SHARD_SIZE if max_shard_size is None else max_shard_size, overwrite, progress)
-    params = normalize_params(read_json(source / "params.json"))
-    params, notes = complete_params(params, max_position_embeddings, rope_theta)
+    given = read_json(source / "params.json")
+    params, notes = complete_params(normalize_params(given), max_position_embeddings, rope_theta)
     shapes = raw_shapes(params)
     with open_checkpoint(source, "consolidated", shapes) as checkpoint:
-        repeated = check_model(checkpoint, shapes, params, "output.weight", str(source))
+        vision = vision_tensors(checkpoint, given)
+        repeated = check_model(checkpoint, shapes, params, "output.weight", str(source), vision)
         tensors = [_translated(checkpoint, raw, RAW_TO_HF.to_target(raw), raw_to_hf, params, dtype) for raw in shapes]
         config = params_to_config(params, _main_dtype(tensors))
         tokenizer = find_raw_tokenizer(source)
         missing = [] if tokenizer else [f"no tokenizer: {source} holds no tekken.json, tokenizer.model or *.model.v*"]
 
         def write_rest(folder: Path) -> None:
+            (folder / _ORIGINAL).mkdir()
+            shutil.copyfile(source / "params.json", folder / _ORIGINAL / "params.json")
             ids = _convert_tokenizer(tokenizer, folder, tokenizer_version, params) if tokenizer else {}
             _write_json(folder / "config.json", config | ids)
             _write_json(folder / "generation_config.json", {name: (config | ids).get(name) for name in _TOKEN_IDS})
 
-        return output.write("model", tensors, write_rest, [*notes, *repeated, *missing])
+        written = output.write("model", tensors, write_rest, [*notes, *repeated, *_vision_notes(vision), *missing])
+        return written._replace(left_out=tuple(vision))
 
 
 def convert_hf_to_raw(
@@ -173,13 +191,14 @@ def convert_hf_to_raw(
         tensors = [_translated(checkpoint, hf, RAW_TO_HF.to_source(hf), hf_to_raw, params, dtype) for hf in shapes]
         tokenizer = find_raw_tokenizer(source)
         missing = [] if tokenizer else ["no tokenizer: a raw folder needs the original tekken.json or tokenizer.model"]
+        content, notes = _raw_params(source, params)
 
         def write_rest(folder: Path) -> None:
             if tokenizer is not None:
                 shutil.copyfile(tokenizer, folder / tokenizer.name)
-            _write_json(folder / "params.json", _without_nulls(params))
+            (folder / "params.json").write_bytes(content)
 
-        return output.write("consolidated", tensors, write_rest, [*repeated, *missing])
+        return output.write("consolidated", tensors, write_rest, [*notes, *repeated, *missing])
 
 
 @dataclass(frozen=True)
@@ -245,9 +264,33 @@ def _convert_tokenizer(tokenizer: Path, folder: Path, version: str | None, param
             f"{tokenizer} has {info.vocab_size} tokens, but the model has {params['vocab_size']}: they do not belong"
             " together."
         )
-    (folder / "original").mkdir()
-    shutil.copyfile(tokenizer, folder / "original" / tokenizer.name)
+    shutil.copyfile(tokenizer, folder / _ORIGINAL / tokenizer.name)
     return {name: getattr(info, name) for name in _TOKEN_IDS}
+
+
+def vision_tensors(checkpoint: Iterable[str], given: Params) -> list[str]:
+    """The names of the tensors of the vision tower that a raw ``params.json`` describes, if it does."""
+    return [name for name in checkpoint if vision_part(name)] if given.get(VISION) else []
+
+
+def _vision_notes(names: Iterable[str]) -> list[str]:
+    """A line for each part of a vision tower that is left out."""
+    counts = Counter(str(vision_part(name)) for name in names)
+    return [f"{part}.* left out: {count} tensors of the vision tower" for part, count in sorted(counts.items())]
+
+
+def _raw_params(source: Path, params: Params) -> tuple[bytes, list[str]]:
+    """The content of ``params.json``, that of the original file if it says the same as `params`, and notes."""
+    content, notes = _json(_without_nulls(params)), list[str]()
+    with suppress(ValueError):  # there is no original, or it needs values that were given as options
+        path = source / _ORIGINAL / "params.json"
+        given = read_json(path)
+        original, _ = complete_params(normalize_params(given))
+        if given.get(VISION):
+            notes = [f"the text model only: {path} describes a vision tower too, whose tensors were left out"]
+        elif not params_difference(original, params):
+            content = path.read_bytes()
+    return content, notes
 
 
 def _without_nulls(params: Params) -> Params:
@@ -283,11 +326,20 @@ def _check_adapter_options(source: Path, **options: Any) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
+    path.write_bytes(_json(content))
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
 def check_model(
-    checkpoint: Checkpoint, expected: Mapping[str, Shape], params: Params, head: str, where: str
+    checkpoint: Checkpoint,
+    expected: Mapping[str, Shape],
+    params: Params,
+    head: str,
+    where: str,
+    left_out: Iterable[str] = (),
 ) -> list[str]:
     """Check that a checkpoint holds a whole model; a head beside tied embeddings passes if it repeats them exactly.
 
@@ -297,14 +349,17 @@ def check_model(
         params: From `normalize_params`.
         head: The name of the head.
         where: Names the checkpoint in an error, as the first words of a sentence.
+        left_out: Tensors that do not count.
 
     Returns:
-        A note for each tensor that is to be left out.
+        A note for each other tensor that is to be left out.
 
     Raises:
         ValueError: A tensor is unknown, missing, or of another shape.
     """
     found, notes = checkpoint.shapes, []
+    for name in left_out:
+        del found[name]
     if params["tied_embeddings"] and head in found:
         if not same_bits(checkpoint.read(head), checkpoint.read(next(iter(expected)))):
             raise CheckpointError(

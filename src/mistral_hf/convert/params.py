@@ -5,6 +5,7 @@ Nothing is guessed: a value that ``params.json`` leaves out comes from `KNOWN_MO
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -38,13 +39,14 @@ _YARN_FIELDS = (
     ("alpha", "beta_slow"),
 )
 
+SLIDING, FULL = "sliding_attention", "full_attention"  # kinds of layers in ``config.json``
+
 # Fields with the sizes of a model; ``n_kv_heads`` and ``head_dim`` may be left out.
 _SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
 
 # Fields of models that are not dense Mistral text models.
 _REFUSED = {
-    "moe": "a mixture of experts",
-    "vision_encoder": "a model with a vision tower",
+    "moe": "a mixture of experts, for which Transformers has classes such as MixtralForCausalLM",
     "multimodal": "a multimodal model",
     "quantization": "a quantized checkpoint",
     "q_lora_rank": "a model with latent attention",
@@ -52,7 +54,9 @@ _REFUSED = {
     "n_groups": "a mamba model",
 }
 
-_WITHOUT_EFFECT = {"max_batch_size", "lora"}
+VISION = "vision_encoder"  # the field of a vision tower, which is left out
+
+_WITHOUT_EFFECT = {"max_batch_size", "lora", VISION}
 
 
 class Fields:
@@ -143,6 +147,9 @@ KNOWN_MODELS = (
     KnownModel("Mistral Small 24B 2501", (5120, 40, 32, 8, 128, 32768, 131072), 1e8, 32768),
     KnownModel("Mistral Small 24B 3.1, Devstral Small", (5120, 40, 32, 8, 128, 32768, 131072), 1e9, 131072),
     KnownModel("Ministral 8B", (4096, 36, 32, 8, 128, 12288, 131072), 1e8, 32768, windowed=True),
+    KnownModel("Ministral 3 3B", (3072, 26, 32, 8, 128, 9216, 131072), 1e6, 262144),
+    KnownModel("Ministral 3 8B", (4096, 34, 32, 8, 128, 14336, 131072), 1e6, 262144),
+    KnownModel("Ministral 3 14B", (5120, 40, 32, 8, 128, 16384, 131072), 1e9, 262144),
     KnownModel("Mistral Large 2 123B", (12288, 88, 96, 8, 128, 28672, 32768), 1e6, 131072),
 )
 
@@ -199,7 +206,7 @@ def _check_kind(given: Params) -> None:
     """Check that the fields are those of a dense Mistral text model."""
     for field, what in _REFUSED.items():
         if given.get(field):
-            raise ValueError(f"params.json describes {what} (field {field!r}), not a dense Mistral text model.")
+            raise ValueError(f"params.json does not describe a dense Mistral text model, but {what} (field {field!r}).")
     for field, value in _REQUIRED_VALUES.items():
         if (found := given.get(field, value)) != value:
             raise ValueError(f"params.json has {field}={found!r:.200}; a dense Mistral text model has {value!r}.")
@@ -305,9 +312,6 @@ def complete_params(
     elif params["max_seq_len"] is None:
         full["max_seq_len"], note = _looked_up(known, "max_position_embeddings")
         notes.append(note)
-    if isinstance(full["sliding_window"], list):
-        full["sliding_window"], note = _one_window(full["sliding_window"], full["max_seq_len"])
-        notes.append(note)
     return full, notes
 
 
@@ -322,23 +326,12 @@ def _looked_up(known: KnownModel | None, field: str) -> tuple[Any, str]:
     return value, f"{field} = {value}: not in params.json; taken from {known.names}, which has the same sizes"
 
 
-def _one_window(windows: list[int | None], max_positions: int) -> tuple[int, str]:
-    """One window for layers that differ, exact as long as no sequence is longer than the smallest, and a note."""
-    smallest = min(w for w in windows if w is not None)
-    if max_positions > smallest:
-        raise ValueError(
-            f"The layers have different windows ({windows[:4]}, ...), which model type 'mistral' cannot express beyond"
-            f" {smallest} positions: give --max_position_embeddings {smallest} or less."
-        )
-    return smallest, f"sliding_window = {smallest}: windows differ by layer, but not within {max_positions} positions"
-
-
 def params_to_config(params: Params, dtype: str) -> Config:
     """Write complete `params` as a ``config.json``.
 
     The spelling is the one that every release of the library and the servers built on it can read (``rope_theta`` and
-    ``rope_scaling`` at top level, ``torch_dtype``). With Llama-4 style scaling of the queries, the model type is
-    ``ministral3``.
+    ``rope_scaling`` at top level, ``torch_dtype``). The model type is ``mistral``; ``ministral`` if only some layers
+    have a window, and ``ministral3`` with Llama-4 style scaling of the queries.
 
     Args:
         params: From `complete_params`.
@@ -348,7 +341,7 @@ def params_to_config(params: Params, dtype: str) -> Config:
         The content of ``config.json``.
 
     Raises:
-        ValueError: The yarn settings do not go with the scaling of the queries.
+        ValueError: No model type has these windows, or this scaling of the queries.
     """
     config: Config = {
         "architectures": ["MistralForCausalLM"],
@@ -363,16 +356,29 @@ def params_to_config(params: Params, dtype: str) -> Config:
         "torch_dtype": dtype,
         "transformers_version": "5.0.0",  # the library warns of a wrong tekken pattern in older files
     }
-    yarn, scaling = params["yarn"], params["llama_4_scaling"]
+    windows, yarn, scaling = params["sliding_window"], params["yarn"], params["llama_4_scaling"]
     if yarn:
         config["rope_scaling"] = _yarn_to_rope(yarn)
+    if isinstance(windows, list):
+        config |= {"architectures": ["MinistralForCausalLM"], "model_type": "ministral", **_layer_types(windows)}
     if scaling:
-        rope = config.pop("rope_scaling", None)
-        if rope is None or rope["original_max_position_embeddings"] != scaling["original_max_position_embeddings"]:
+        if isinstance(windows, list):
+            raise ValueError(f"params.json: no model type has both llama_4_scaling={scaling} and windows by layer.")
+        original = scaling["original_max_position_embeddings"]
+        if not yarn or yarn["original_max_position_embeddings"] != original:
             raise ValueError(f"params.json: llama_4_scaling={scaling} needs yarn with the same original positions.")
-        rope |= {"rope_theta": config.pop("rope_theta"), "llama_4_scaling_beta": scaling["beta"]}
+        rope = _ministral3_rope(yarn, scaling) | {"rope_theta": config.pop("rope_theta")}
+        del config["rope_scaling"]
         config |= {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "rope_parameters": rope}
     return config
+
+
+def _layer_types(windows: list[int | None]) -> Config:
+    """The fields of ``config.json`` for the windows of the layers, None for full attention."""
+    sizes = sorted({window for window in windows if window is not None})
+    if len(sizes) > 1:
+        raise ValueError(f"params.json: the layers have windows of {sizes[:8]}, but a model type has one size for all.")
+    return {"sliding_window": sizes[0], "layer_types": [FULL if window is None else SLIDING for window in windows]}
 
 
 def _yarn_to_rope(yarn: Params) -> Config:
@@ -381,12 +387,49 @@ def _yarn_to_rope(yarn: Params) -> Config:
     return rope if yarn["apply_scale"] else rope | {"attention_factor": 1.0}
 
 
+def _ministral3_rope(yarn: Params, scaling: Params) -> Config:
+    """The same for a ``ministral3`` model, with the fields that the library writes for it."""
+    rope = _yarn_to_rope(yarn)
+    rope.pop("attention_factor", None)
+    mscale = {"mscale": 1.0, "mscale_all_dim": 0.0 if yarn["apply_scale"] else 1.0}
+    return rope | mscale | {"llama_4_scaling_beta": scaling["beta"]}
+
+
 # Fields of ``config.json`` that must be absent, empty or false.
 _WITHOUT_RAW_FORM = {
     "attention_bias": "biases",
     "mlp_bias": "biases",
     "quantization_config": "quantized weights",
-    "layer_types": "layers that differ",
+}
+
+# The library's values for fields that ``config.json`` leaves out, by model type.
+_MISTRAL = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+    "rope_theta": 10000.0,
+}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_DEFAULTS: dict[str, Config] = {
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
+    "ministral3": {
+        **_MISTRAL,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "max_position_embeddings": 262144,
+        "head_dim": 128,
+        "rope_parameters": _MINISTRAL3_ROPE,
+    },
 }
 
 
@@ -397,8 +440,12 @@ def config_to_params(config: Config) -> Params:
         ValueError: The model is not a dense Mistral, or has something that the raw format cannot express.
     """
     model_type = config.get("model_type")
-    if model_type not in ("mistral", "ministral3"):
-        raise ValueError(f"config.json has model_type={model_type!r:.200}: only 'mistral' has a raw format here.")
+    if model_type not in _DEFAULTS:
+        kinds = ", ".join(map(repr, _DEFAULTS))
+        raise ValueError(
+            f"config.json has model_type={model_type!r:.200}, but only {kinds} have a raw form here: the Auto classes"
+            " load other types in the library's classes."
+        )
     missing = [hf for raw, hf in FIELDS if raw in _SIZES and raw not in ("n_kv_heads", "head_dim") and hf not in config]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}: copy it again.")
@@ -407,39 +454,86 @@ def config_to_params(config: Config) -> Params:
             raise ValueError(f"config.json has {field}={config[field]!r:.200}, but the raw format has no {what}.")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json has hidden_act={config['hidden_act']!r:.200}: the raw format has only 'silu'.")
-    spelling = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = dict(found.values) if (found := Fields("config.json: ", config).inner(spelling)) else {}
-    rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta", 10000.0)
-    yarn, scaling = _rope_to_yarn(rope)
-    raw = {raw: config.get(hf, _CONFIG_DEFAULTS.get(hf)) for raw, hf in FIELDS}
+    full = _DEFAULTS[model_type] | config
+    spellings = {name: Fields("config.json: ", full).inner(name) for name in ("rope_scaling", "rope_parameters")}
+    spelling = "rope_scaling" if spellings["rope_scaling"] else "rope_parameters"  # as the library prefers them
+    rope = spellings[spelling] or Fields("", {})
+    rope_theta = rope.values.pop("rope_theta", full["rope_theta"])
+    yarn, scaling = _rope_to_yarn(rope, scaled=model_type == "ministral3")
+    raw = {raw: full.get(hf) for raw, hf in FIELDS}
     raw |= {"rope_theta": rope_theta, "yarn": yarn, "llama_4_scaling": scaling}
+    if full.get("layer_types") is not None:
+        raw["sliding_window"] = _windows_by_layer(full)
     return _normalized(Fields("config.json: ", raw, dict(FIELDS) | {"yarn": spelling, "llama_4_scaling": spelling}))
 
 
-# The library's value for a field that ``config.json`` leaves out, where that of the raw format differs.
-_CONFIG_DEFAULTS = {"rms_norm_eps": 1e-6, "sliding_window": 4096, "max_position_embeddings": 131072}
+def _windows_by_layer(config: Config) -> list[int | None]:
+    """The window of every layer, None for full attention."""
+    fields = Fields("config.json: ", config)
+    kinds, n_layers = config["layer_types"], fields.whole("num_hidden_layers", below=_MOST_LAYERS)
+    if not isinstance(kinds, list) or len(kinds) < n_layers or any(kind not in (SLIDING, FULL) for kind in kinds):
+        raise fields.error("layer_types", f"must give {SLIDING!r} or {FULL!r} for each of {n_layers} layers")
+    kinds = kinds[:n_layers]
+    window = fields.whole("sliding_window") if SLIDING in kinds else None
+    return [window if kind == SLIDING else None for kind in kinds]
 
 
-def _rope_to_yarn(rope: Config) -> tuple[Params | None, Params | None]:
-    """The ``yarn`` and ``llama_4_scaling`` fields of the raw format for Hugging Face rope parameters."""
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+def _rope_to_yarn(rope: Fields, *, scaled: bool) -> tuple[Params | None, Params | None]:
+    """The ``yarn`` and ``llama_4_scaling`` fields of the raw format for Hugging Face rope parameters.
+
+    Args:
+        rope: The parameters without ``rope_theta``.
+        scaled: Whether the model type scales its queries.
+    """
+    left = dict(rope.values)
+    kinds = [kind for kind in (left.pop("rope_type", None), left.pop("type", None)) if kind]
+    kind = kinds[0] if kinds else "default"
+    if kind not in ("default", "yarn"):
+        raise ValueError(f"config.json has rope_type={kind!r:.200}: the raw format has only 'default' and 'yarn'.")
+    if by_layer := [name for name, value in left.items() if isinstance(value, dict)]:
+        raise ValueError(f"config.json has rope parameters for {by_layer[0]!r:.200}: the raw format has one for all.")
+    beta = left.pop("llama_4_scaling_beta", None)
+    if beta and (kind == "default" or not scaled):
+        raise rope.error("llama_4_scaling_beta", "has an effect only in a 'ministral3' model with yarn")
     if kind == "default":
         return None, None
-    if kind != "yarn":
-        raise ValueError(f"config.json has rope_type={kind!r:.200}: the raw format has only 'default' and 'yarn'.")
-    yarn = {raw: rope.pop(hf, None) for raw, hf in _YARN_FIELDS}
+    yarn = {raw: left.pop(hf, None) for raw, hf in _YARN_FIELDS}
     yarn |= {raw: default for raw, default in (("beta", 32.0), ("alpha", 1.0)) if yarn[raw] is None}
-    beta = rope.pop("llama_4_scaling_beta", None)
-    mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    attention_factor = rope.pop("attention_factor", 1.0 if mscale and mscale == mscale_all_dim else None)
-    leftover = {key: value for key, value in rope.items() if key not in ("max_position_embeddings", "truncate")}
-    if attention_factor not in (None, 1.0) or leftover or not rope.get("truncate", True):
-        given = rope | {"attention_factor": attention_factor}
+    yarn["apply_scale"] = _applies_scale(rope)
+    without_effect = ("attention_factor", "mscale", "mscale_all_dim", "max_position_embeddings", "truncate")
+    if (leftover := left.keys() - {*without_effect}) or not left.get("truncate", True):
+        given = {name: left[name] for name in sorted(leftover | {"truncate"} & left.keys())}
         raise ValueError(f"config.json has yarn parameters without a raw form: {given!r:.400}.")
-    yarn["apply_scale"] = attention_factor is None
     original = yarn["original_max_position_embeddings"]
-    return yarn, None if beta is None else {"original_max_position_embeddings": original, "beta": beta}
+    return yarn, {"original_max_position_embeddings": original, "beta": beta} if beta else None
+
+
+def _applies_scale(rope: Fields) -> bool:
+    """Whether yarn multiplies cos and sin by ``0.1 log(factor) + 1``, rather than by 1.
+
+    The library takes ``attention_factor``, or else computes it from ``mscale`` and ``mscale_all_dim`` if both are given
+    and not 0, or else from ``factor`` alone.
+    """
+    factor = rope.positive("factor")
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    weights = [rope.number(name) if name in rope else 0.0 for name in ("mscale", "mscale_all_dim")]
+    if "attention_factor" in rope:
+        given = rope.positive("attention_factor")
+    elif all(weights):
+        if min(map(scale, weights)) <= 0:
+            raise rope.error("mscale", "and mscale_all_dim must not be negative")
+        given = scale(weights[0]) / scale(weights[1])
+    else:
+        return True
+    for applied, expected in ((False, 1.0), (True, scale(1))):
+        if math.isclose(given, expected, rel_tol=1e-9):
+            return applied
+    name = "attention_factor" if "attention_factor" in rope else "mscale"
+    factors = f"1 and {scale(1):.6g}"
+    raise rope.error(name, f"makes yarn multiply by {given:.6g}, while the raw format has only {factors}")
 
 
 def params_difference(a: Params, b: Params) -> dict[str, tuple[Any, Any]]:

@@ -42,7 +42,7 @@ def raw_logits(checkpoint: Checkpoint, params: Params, tokens: Sequence[int]) ->
     for n in range(params["n_layers"]):
         x = _rms_norm(h, weight(f"layers.{n}.attention_norm"), eps)
         q, k, v = (x @ weight(f"layers.{n}.attention.w{part}").T for part in "qkv")
-        h = h + _attend(q, k, v, angles, scale, params) @ weight(f"layers.{n}.attention.wo").T
+        h = h + _attend(q, k, v, angles, scale, params, _window(params, n)) @ weight(f"layers.{n}.attention.wo").T
         x = _rms_norm(h, weight(f"layers.{n}.ffn_norm"), eps)
         gate, up = (x @ weight(f"layers.{n}.feed_forward.w{i}").T for i in (1, 3))
         h = h + (gate / (1 + np.exp(-gate)) * up) @ weight(f"layers.{n}.feed_forward.w2").T
@@ -56,7 +56,15 @@ def _rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return normed
 
 
-def _attend(q: Floats, k: Floats, v: Floats, angles: npt.NDArray[Any], scale: Floats, params: Params) -> Floats:
+def _window(params: Params, layer: int) -> int | None:
+    """The window of a layer, None for full attention."""
+    windows = params["sliding_window"]
+    return windows[layer] if isinstance(windows, list) else windows
+
+
+def _attend(
+    q: Floats, k: Floats, v: Floats, angles: npt.NDArray[Any], scale: Floats, params: Params, window: int | None
+) -> Floats:
     """Causal attention of ``[S, heads * D]`` queries, keys and values within the window."""
     length, dim = len(q), params["head_dim"]
     groups = params["n_heads"] // params["n_kv_heads"]
@@ -65,8 +73,7 @@ def _attend(q: Floats, k: Floats, v: Floats, angles: npt.NDArray[Any], scale: Fl
     v = np.repeat(v.reshape(length, -1, dim), groups, axis=1)
     scores = np.einsum("shd,thd->hst", q, k) / math.sqrt(dim)
     distance = np.arange(length)[:, None] - np.arange(length)
-    window = params["sliding_window"] or length
-    scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
+    scores = np.where((distance >= 0) & (distance < (window or length)), scores, -np.inf)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     out: Floats = np.einsum("hst,thd->shd", scores / scores.sum(-1, keepdims=True), v)
     return out.reshape(length, -1).astype(np.float32)
@@ -92,7 +99,7 @@ def _angles(params: Params, length: int) -> npt.NDArray[np.complex64]:
         low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
         ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
         frequencies = frequencies * (1 - ramp) + frequencies / yarn["factor"] * ramp
-        factor = 0.1 * math.log(yarn["factor"]) + 1 if yarn.get("apply_scale", True) else 1.0
+        factor = 0.1 * math.log(max(yarn["factor"], 1)) + 1 if yarn["apply_scale"] else 1.0
     angles = np.outer(np.arange(length), frequencies.astype(np.float32).astype(np.float64))
     return (factor * np.exp(1j * angles)).astype(np.complex64)
 

@@ -18,6 +18,8 @@ _SPECIAL_TOKENS = (
 )
 
 
+_EFFORTS = {"none", "minimal", "low", "medium", "high", "xhigh", "max"}
+
 # Longer tokens are refused: all cuts of a token are tried. The longest of Mistral's has 128 bytes.
 _LONGEST_TOKEN = 1000
 
@@ -30,12 +32,14 @@ class TekkenModel(NamedTuple):
         special: The special tokens; a token's index is its id.
         pattern: The regular expression that splits a text.
         version: Such as ``"v3"``.
+        settings: The settings of the model that a conversation may give, as `get_chat_template` takes them.
     """
 
     tokens: list[bytes]
     special: list[str]
     pattern: Regex
     version: str
+    settings: dict[str, Any]
 
 
 def read_tekken(path: Path, version: str | None = None) -> TekkenModel:
@@ -84,7 +88,17 @@ def _parsed(content: dict[str, Any], version: str | None) -> TekkenModel:
         raise ValueError("the vocabulary has duplicates")
     if max(map(len, tokens)) > _LONGEST_TOKEN:
         raise ValueError(f"the vocabulary has a token of more than {_LONGEST_TOKEN} bytes")
-    return TekkenModel(tokens, special, Regex(config["pattern"]), str(version))
+    settings = _settings(content.get("model_settings_builder") or {})
+    return TekkenModel(tokens, special, Regex(config["pattern"]), str(version), settings)
+
+
+def _settings(builder: dict[str, Any]) -> dict[str, Any]:
+    """The settings that version 15 writes before the first message of the user."""
+    effort = builder.get("reasoning_effort") or {"values": [], "default": ""}
+    efforts, default = effort["values"], effort["default"]
+    if not _EFFORTS.issuperset(efforts) or default not in [*efforts, ""]:
+        raise ValueError(f"its reasoning_effort has values {efforts!r:.200} and the default {default!r:.200}")
+    return {"efforts": list(efforts), "effort": default, "schema": builder.get("json_schema") is not None}
 
 
 def tekken_tokenizer(model: TekkenModel) -> tuple[Tokenizer, list[str], str]:

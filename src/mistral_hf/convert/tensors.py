@@ -111,6 +111,16 @@ _ROTARY = {
 }
 
 
+# The first parts of the raw names of a vision tower's tensors, which lie beside those of the text model.
+_VISION = {"vision_encoder", "vision_language_adapter", "patch_merger", "pre_mm_projector_norm"}
+
+
+def vision_part(raw_name: str) -> str | None:
+    """The part of a vision tower that a raw tensor belongs to; None for those of the text model."""
+    part = raw_name.partition(".")[0]
+    return part if part in _VISION else None
+
+
 def is_rotary(raw_name: str) -> bool:
     """Whether translation changes the row order of this raw tensor; the other tensors keep their values."""
     return _pattern_of(raw_name)[0] in _ROTARY
@@ -221,7 +231,7 @@ def check_tensors(found: Mapping[str, Shape], expected: Mapping[str, Shape], whe
 _FOREIGN_TENSORS = {
     "experts": "they belong to a mixture of experts, not a dense Mistral",
     "mixer": "they belong to a mamba model, not a transformer",
-    "vision": "they belong to a vision tower, not a text model",
+    "vision": "they belong to a vision tower, which params.json does not describe",
     "qscale": "they belong to a quantized checkpoint; convert the unquantized one",
     "lora_": "they belong to a LoRA adapter; convert it from its own folder",
 }

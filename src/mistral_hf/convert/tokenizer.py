@@ -73,8 +73,11 @@ def convert_tokenizer(
         ValueError: The file is damaged, of an unknown version, or not a BPE model.
     """
     source = Path(source)
+    settings = None
     if source.suffix == ".json":
-        tokenizer, special, version = tekken_tokenizer(read_tekken(source, version))
+        tekken = read_tekken(source, version)
+        tokenizer, special, version = tekken_tokenizer(tekken)
+        settings = tekken.settings
     else:
         if version is not None and version.endswith("-tekken"):
             raise ValueError(
@@ -96,7 +99,7 @@ def convert_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         "mistral_version": version,
-        "chat_template": get_chat_template(version),
+        "chat_template": get_chat_template(version, settings),
     }
     if max_length is not None:
         config["model_max_length"] = max_length

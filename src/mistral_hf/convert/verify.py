@@ -13,7 +13,7 @@ from ..checkpoints.json_file import read_json
 from ..checkpoints.reader import Array, Checkpoint, open_checkpoint, same_bits
 from ..checkpoints.writer import Progress
 from ..compatibility import CheckpointError
-from .folders import check_model
+from .folders import check_model, vision_tensors
 from .params import Params, complete_params, config_to_params, normalize_params, params_difference
 from .raw_forward import raw_logits
 from .tensors import RAW_TO_HF, hf_shapes, hf_to_raw, raw_shapes
@@ -47,6 +47,7 @@ class _Side(NamedTuple):
     is_raw: bool
     params: Params
     checkpoint: Checkpoint
+    left_out: int  # tensors of a vision tower
 
     def stored_name(self, raw_name: str) -> str:
         return raw_name if self.is_raw else RAW_TO_HF.to_target(raw_name)
@@ -113,8 +114,9 @@ def _open_side(folder: Path) -> Iterator[_Side]:
     stem, head = ("consolidated", "output.weight") if is_raw else ("model", "lm_head.weight")
     shapes = raw_shapes(params) if is_raw else hf_shapes(params)
     with open_checkpoint(folder, stem, shapes) as checkpoint:
-        check_model(checkpoint, shapes, params, head, str(folder))
-        yield _Side(folder, is_raw, params, checkpoint)
+        vision = vision_tensors(checkpoint, content) if is_raw else []
+        check_model(checkpoint, shapes, params, head, str(folder), vision)
+        yield _Side(folder, is_raw, params, checkpoint, len(vision))
 
 
 def _compare_config(a: _Side, b: _Side, left_out: Sequence[str]) -> Check:
@@ -138,7 +140,8 @@ def _compare_tensors(a: _Side, b: _Side, progress: Progress | None) -> Check:
         done += size
         if progress is not None:
             progress(done, total)
-    return Check("tensors", True, f"{len(names)} tensors are the same, bit for bit")
+    vision = f" (not compared: {a.left_out + b.left_out} tensors of a vision tower)" if a.left_out or b.left_out else ""
+    return Check("tensors", True, f"{len(names)} tensors are the same, bit for bit{vision}")
 
 
 def _encoder(side: _Side) -> Callable[[str], list[int]] | None:
@@ -168,7 +171,8 @@ def _compare_tokenizers(a: _Side, b: _Side, text: str) -> Check:
 
 
 def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
-    if why := _why_no_logits(a.params) or _why_no_logits(b.params):
+    if None in (a.params["rope_theta"], b.params["rope_theta"]):
+        why = "neither folder gives rope_theta: add it to params.json (the model card gives it)"
         return Check("logits", None, why)
     encode = _encoder(a) or _encoder(b)
     vocab = min(a.params["vocab_size"], b.params["vocab_size"])
@@ -180,15 +184,6 @@ def _compare_logits(a: _Side, b: _Side, text: str, tolerance: float) -> Check:
     return Check(
         "logits", error <= tolerance, f"largest difference {error:.1e} of the largest logit, limit {tolerance:.0e}"
     )
-
-
-def _why_no_logits(params: Params) -> str | None:
-    """Why a model cannot be run, if that is so."""
-    if params["rope_theta"] is None:
-        return "neither folder gives rope_theta: add it to params.json (the model card gives it)"
-    if isinstance(params["sliding_window"], list):
-        return "the layers have different windows, and no max_seq_len within the smallest of them"
-    return None
 
 
 def _logits(side: _Side, tokens: Sequence[int]) -> Any:
