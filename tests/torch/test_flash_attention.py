@@ -269,7 +269,7 @@ def test_no_step_waits_for_an_accelerator(
     ],
 )
 def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
-    query: int, slots: int, window: int | None, padded: int, expected: list[Any]
+    query: int, slots: int, window: int | None, padded: int, expected: list[Any], kernels: Any
 ) -> None:
     real = torch.arange(query + 1)[None] >= padded
     with torch.no_grad():
@@ -358,18 +358,51 @@ def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any)
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_the_oldest_package_decodes_without_padding_only(
-    exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+OLD_PACKAGE_GENERATION = {
+    "unpadded": {},
+    "static": {"cache_implementation": "static"},
+    "padded": {"attention_mask": padding("left", 11)},
+    "padded and static": {"attention_mask": padding("left", 11), "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("how", OLD_PACKAGE_GENERATION)
+def test_the_oldest_package_generates_as_eager_attention(
+    how: str, window: int | None, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It cannot skip the padding of cached keys, which is refused."""
+    """Its decoding function cannot begin after the first key of a row."""
+    use(OLD_PACKAGE, monkeypatch)
+    ours, eager = pair(sliding_window=window)
+    ids = torch.randint(1, 99, (3, 11))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, **OLD_PACKAGE_GENERATION[how]}
+    expected = eager.generate(ids, **{**options, "cache_implementation": None})
+    assert torch.equal(ours.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("assisted", [False, True])
+def test_the_oldest_package_takes_candidates_past_the_window(
+    assisted: bool, exact: None, pair: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(OLD_PACKAGE, monkeypatch)
     ours, eager = pair()
-    ids = torch.randint(1, 99, (3, 11))
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    for cache in ("dynamic", "static"):
-        assert torch.equal(ours.generate(ids, cache_implementation=cache, **options), eager.generate(ids, **options))
-    with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot skip the padding of cached keys"):
-        ours.generate(ids, attention_mask=padding("left", 11), **options)
+    ids = torch.randint(1, 99, (1, 11)).repeat(1, 2)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    helper = {"assistant_model": make_model("ForCausalLM", "eager", head_dim=16, seed=3)} if assisted else {}
+    found = ours.generate(ids, **options, **(helper or {"prompt_lookup_num_tokens": 3}))
+    assert torch.equal(found, eager.generate(ids, **options))
+
+
+def test_the_oldest_package_takes_a_mask_of_ones(exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(OLD_PACKAGE, monkeypatch)
+    ours, eager = pair()
+    ids, logits = torch.randint(1, 99, (3, 15)), []
+    for model in (ours, eager):
+        cache = RollingCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :14], past_key_values=cache)
+            logits.append(model(ids[:, 14:], attention_mask=torch.ones(3, 15), past_key_values=cache).logits)
+    assert_same(*logits)
 
 
 # Compiled decoding.

@@ -80,7 +80,9 @@ def make_flash_plan(
         _check_left_padding(padding, may_wait=length > 1)
     # One query a row: ranges of the buffer as it lies. These kernels have no backward pass.
     if length == 1 and not torch.is_grad_enabled():
-        return _key_ranges(batch, keys, window, padding, device)
+        plan = _key_ranges(batch, keys, window, padding, device)
+        if plan.starts is None or find_kernels().has_starts:
+            return plan
     # Several queries after cached keys.
     if keys.cached:
         return _cached_sequences(batch, length, keys, window, padding, device)

@@ -80,10 +80,12 @@ class Kernels(ABC):
     Attributes:
         name: For messages.
         device_type: Type of the device that they run on.
+        has_starts: Whether `ranges` takes ranges that begin after the first key.
     """
 
     name: str
     device_type: str
+    has_starts: bool = True
 
     def attend(
         self,
@@ -165,11 +167,6 @@ class PackageKernels(Kernels):
         )
 
     def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
-        if plan.starts is not None and not self.has_starts:
-            raise ValueError(
-                f"{self.name} cannot skip the padding of cached keys (it has no cache_leftpad yet): upgrade it, or"
-                " uninstall it to use PyTorch's own kernels, or generate without padding."
-            )
         attend = torch.ops.mistral_hf.attend_to_cache if torch.compiler.is_compiling() else self.attend_to_cache
         batch, count = plan.lengths.shape
         stops, starts, rows = plan.lengths.flatten(), None, None
@@ -179,7 +176,7 @@ class PackageKernels(Kernels):
             rows = torch.arange(batch, dtype=torch.int32, device=query.device).repeat_interleave(count)
             query = query.repeat_interleave(count, dim=0)
         output, logsumexp = attend(query, key, value, stops, starts, rows, scaling)
-        if count == 1:
+        if logsumexp is None or count == 1:
             return output
         return merge(output.unflatten(0, (batch, count)), logsumexp.unflatten(0, (batch, count)), plan.lengths)
 
@@ -192,8 +189,12 @@ class PackageKernels(Kernels):
         starts: Tensor | None,
         rows: Tensor | None,
         scaling: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Output ``[N, H, D]`` and logsumexp ``[N, H]`` of queries ``[N, H, D]`` to a range of a row each."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of queries ``[N, H, D]`` to a range of a row each.
+
+        Returns:
+            ``[N, H, D]``, and where `rows` are given the logsumexp ``[N, H]`` in float32.
+        """
         options: dict[str, Any] = {} if starts is None else {"cache_leftpad": starts}
         if rows is not None:
             options |= {"cache_batch_idx": rows, "return_softmax_lse": True}
@@ -205,7 +206,9 @@ class PackageKernels(Kernels):
             softmax_scale=scaling,
             **options,
         )
-        output, logsumexp = found if rows is not None else (found, found.new_empty(*query.shape[:2], 1))
+        if rows is None:
+            return found[:, 0], None
+        output, logsumexp = found
         return output[:, 0], logsumexp[..., 0]
 
 
@@ -223,6 +226,8 @@ def _attend_to_cache(
     kernels = find_kernels()
     assert isinstance(kernels, PackageKernels)
     output, logsumexp = kernels.attend_to_cache(query, key, value, stops, starts, rows, scaling)
+    if logsumexp is None:  # an operator returns tensors
+        logsumexp = query.new_zeros(query.shape[:2], dtype=torch.float32)
     return output.contiguous(), logsumexp.contiguous()
 
 
@@ -298,9 +303,15 @@ def find_kernels() -> Kernels:
     """The kernels of the package ``flash_attn`` if it is installed, else those of PyTorch.
 
     Raises:
-        ImportError: There are none, or the package is too old, or it cannot be imported.
+        ImportError: There are none, or the package is too old, or it cannot be imported, or this is not a CUDA build
+            of PyTorch but one for ROCm.
     """
     global _kernels
+    if torch.version.hip is not None:  # its back ends ignore ``cache_leftpad`` without an error
+        raise ImportError(
+            f"attn_implementation={NAME!r} runs on NVIDIA GPUs only, and this PyTorch is built for ROCm"
+            f" {torch.version.hip}: choose attn_implementation='sdpa'."
+        )
     if _kernels is None:
         _kernels = _package_kernels() or _torch_kernels()
     if _kernels is None:
@@ -326,7 +337,7 @@ def _package_kernels() -> Kernels | None:
 
 
 def _torch_kernels() -> Kernels | None:
-    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+    if not torch.backends.cuda.is_flash_attention_available():
         return None
     module = importlib.import_module("torch.nn.attention.varlen")
     return TorchKernels(module) if "window_size" in inspect.signature(module.varlen_attn).parameters else None
@@ -347,7 +358,7 @@ def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
     if kernels.device_type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"attn_implementation={NAME!r} needs a CUDA device, and there is none: choose 'sdpa'.")
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.get_device_capability() < (8, 0):
             raise ValueError(
                 f"attn_implementation={NAME!r} needs a GPU of compute capability 8.0 (Ampere) or later, not"
                 f" {'.'.join(map(str, torch.cuda.get_device_capability()))}: choose 'sdpa'."
