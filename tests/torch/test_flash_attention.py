@@ -72,7 +72,15 @@ def test_forward_and_backward_match_eager_attention(
         torch.testing.assert_close(gradient, gradients[1][1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["positions", "bounds", "both"])
+PACKED = {
+    "positions": {},
+    "bounds": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "both": {"return_flash_attn_kwargs": True},
+    "numbers": {"return_seq_idx": True, "return_position_ids": False},
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
 @WINDOWS
 @FAMILY
 def test_packed_sequences_are_computed_as_if_alone(
@@ -80,15 +88,30 @@ def test_packed_sequences_are_computed_as_if_alone(
 ) -> None:
     """Sequences of the flattening collator have the same logits as alone, and all weights get gradients."""
     features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
-    batch = DataCollatorWithFlattening(
-        return_flash_attn_kwargs=how != "positions", return_position_ids=how != "bounds"
-    )(features)
+    batch = DataCollatorWithFlattening(**PACKED[how])(features)
+    batch["labels"] = batch["input_ids"].clone()  # a label at the start of a sequence is ignored too
     ours, eager = pair(sliding_window=window)
     output = ours(**batch)
+    singles = [torch.tensor([feature["input_ids"]]) for feature in features if len(feature["input_ids"]) > 1]
+    losses = [eager(row, labels=row, num_items_in_batch=1).loss for row in singles]
+    torch.testing.assert_close(output.loss, torch.stack(losses).sum() / 20)
     alone = [eager(torch.tensor([feature["input_ids"]])).logits for feature in features]
     assert_same(output.logits, torch.cat(alone, dim=1))
     output.loss.backward()
     assert all(weight.grad is not None for weight in ours.parameters())
+
+
+@pytest.mark.parametrize("length", [19, 300])
+def test_a_label_predicted_from_padding_gives_one_loss(
+    length: int, kernels: Any, exact: None, pair: Any, make_pair: Any
+) -> None:
+    """The first token of a left-padded row is predicted by padding, which sees no key: that of the reference's sdpa."""
+    mask, ids = padding("left", length), torch.randint(1, 99, (3, length))
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    models = [*pair(), *make_pair("ForCausalLM", "sdpa", head_dim=16)]
+    first, *others = [model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).loss for model in models]
+    for loss in others:
+        torch.testing.assert_close(loss, first, rtol=1e-5, atol=0)
 
 
 def test_bounds_of_packed_sequences_need_a_single_row(kernels: Any, exact: None, pair: Any) -> None:
@@ -348,6 +371,22 @@ def test_padding_amid_a_window_is_refused(kernels: Any, exact: None, pair: Any) 
     assert_same(ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits, mask)
     with pytest.raises(ValueError, match="no real tokens"):
         ours(ids, attention_mask=torch.zeros_like(mask))
+
+
+def test_padding_between_turns_is_refused_with_the_remedy(kernels: Any, exact: None, pair: Any) -> None:
+    """Rows of a batch end at different tokens, and the conversation goes on; sdpa takes this."""
+    ours, eager = pair()
+    ids, mask = torch.randint(1, 99, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 6:8] = 0
+    cache = RollingCache(ours.config)
+    ours(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"padding between turns, choose attn_implementation='sdpa'"):
+        ours(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    ours.set_attn_implementation("sdpa")
+    cache = RollingCache(ours.config)
+    ours(ids[:, :6], past_key_values=cache)
+    found = ours(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
+    assert_same(found, eager(ids, attention_mask=mask).logits[:, 6:], mask[:, 6:])
 
 
 def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any) -> None:

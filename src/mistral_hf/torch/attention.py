@@ -287,8 +287,10 @@ def _eager(
         scores = scores + mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
-    output = weights.view(batch, kv_heads, -1, total) @ value  # [B, K, G*S, D]
-    return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
+    output = (weights.view(batch, kv_heads, -1, total) @ value).view(batch, heads, length, head_dim)
+    if length > 1 and mask is not None and mask.dtype == torch.bool:  # as in fused kernels: who sees no key gets zeros
+        output = output * mask.any(dim=-1, keepdim=True)
+    return output.transpose(1, 2), weights
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
