@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import BitsAndBytesConfig, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from mistral_hf import MistralForCausalLM, RollingCache
 from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
@@ -328,13 +328,48 @@ def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_
     later.set_attn_implementation(NAME)
     assert later.config._attn_implementation == NAME
     later.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"float16 and bfloat16 only, not in torch\.float32"):
-        later.float().set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"float16 and bfloat16 only, not in torch\.float64"):
+        later.double().set_attn_implementation(NAME)
 
 
-def test_loading_in_float32_is_refused(kernels: Any, flash_checkpoint: Any) -> None:
-    with pytest.raises(ValueError, match=r"not in torch\.float32: load the model with dtype='bfloat16'"):
-        load(flash_checkpoint, dtype="float32")
+@pytest.mark.parametrize("how", ["loading", "switching"])
+def test_float32_weights_run_under_autocast_only(how: str, kernels: Any, flash_checkpoint: Any) -> None:
+    """Master weights of mixed precision; computing in float32 is refused."""
+    ids = torch.randint(1, 99, (2, 12))
+    eager = MistralForCausalLM.from_pretrained(flash_checkpoint, dtype="float32", attn_implementation="eager")
+    if how == "loading":
+        model = load(flash_checkpoint, dtype="float32")
+    else:
+        model = copy.deepcopy(eager)
+        model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"not in torch\.float32: .* or run it under torch\.autocast"):
+        model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = (m(ids, labels=ids).loss for m in (model, eager))
+    loss.backward()
+    assert (loss - expected).abs() < 0.05
+    assert model.model.embed_tokens.weight.grad.dtype == torch.float32
+
+
+def test_other_dtypes_are_refused_at_loading(kernels: Any, flash_checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match=r"not in torch\.float64: load the model with dtype='bfloat16'"):
+        load(flash_checkpoint, dtype="float64")
+
+
+def test_float32_states_of_a_quantized_model_are_taken_in_its_dtype(kernels: Any, flash_checkpoint: Any) -> None:
+    """As after PEFT's `prepare_model_for_kbit_training`, without autocast."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    ids, losses = torch.randint(1, 99, (2, 12)), []
+    for implementation in (NAME, "sdpa"):
+        options = {"dtype": "bfloat16", "quantization_config": nf4, "attn_implementation": implementation}
+        model = MistralForCausalLM.from_pretrained(flash_checkpoint, **options)
+        model = peft.prepare_model_for_kbit_training(model)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+    assert (losses[0] - losses[1]).abs() < 0.05
 
 
 def test_later_versions_go_through_the_library(kernels: Any, flash_checkpoint: Any) -> None:

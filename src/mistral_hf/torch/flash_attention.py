@@ -6,7 +6,7 @@ The mask of this implementation is a plan: the bounds that the kernels take, mad
 layers. The plan of a decoding step neither copies a buffer nor makes the host wait for the device.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def flash_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention through the FlashAttention-2 kernels; arguments as `attention.eager_attention_forward`.
 
-    The mask is a plan of `make_flash_plan`. Under autocast, the states are taken in its dtype.
+    The mask is a plan of `make_flash_plan`. Under autocast, the states are taken in its dtype; those of a quantized
+    model, which are in float32 where its norms are, in the dtype that it was loaded in.
 
     Returns:
         ``[B, S, H, D]``, and None.
@@ -52,9 +53,14 @@ def flash_attention_forward(
             f"{NAME} runs on {kernels.device_type}, and the model is on {query.device}: move it with"
             f" model.to({kernels.device_type!r}), or choose attn_implementation='sdpa'."
         )
+    dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    elif dtype == torch.float32 and getattr(module.config, "quantization_config", None) is not None:
+        dtype = cast(
+            Any, module.config
+        ).dtype  # the norms are in float32 after PEFT's `prepare_model_for_kbit_training`
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_states(query.dtype, query.shape[3])
     return kernels.attend(attention_mask, query, key, value, scaling, dropout), None
 

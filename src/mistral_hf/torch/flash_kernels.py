@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import Version
 from torch import Tensor, library
+from transformers.utils import logging
 
 NAME = "flash_attention_2"
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 OLDEST_PACKAGE = Version("2.3.0")  # the first with windows
+logger = logging.get_logger(__name__)
 
 
 class VarlenPlan(NamedTuple):
@@ -344,7 +346,7 @@ def _torch_kernels() -> Kernels | None:
 
 
 def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
-    """Check that a model can run with the kernels found here.
+    """Check that a model can run with the kernels found here; one in float32 can under autocast.
 
     Args:
         dtype: Of its weights, if it is known.
@@ -363,15 +365,21 @@ def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
                 f"attn_implementation={NAME!r} needs a GPU of compute capability 8.0 (Ampere) or later, not"
                 f" {'.'.join(map(str, torch.cuda.get_device_capability()))}: choose 'sdpa'."
             )
+    if dtype == torch.float32:
+        logger.warning_once(
+            f"{NAME} computes in float16 and bfloat16 only: a model with weights in torch.float32 runs under"
+            " torch.autocast, and nowhere else. To compute without it, load the model with dtype='bfloat16'."
+        )
+        dtype = None
     check_states(dtype, head_dim)
 
 
 def check_states(dtype: torch.dtype | None, head_dim: int) -> None:
-    """Raise `ValueError` for a dtype or a head_dim that the kernels do not support."""
+    """Raise `ValueError` for a dtype (None is not known yet) or a head_dim that the kernels do not support."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
-            f"{NAME} computes in float16 and bfloat16 only, not in {dtype}: load the model with dtype='bfloat16', or"
-            " with attn_implementation='sdpa'."
+            f"{NAME} computes in float16 and bfloat16 only, not in {dtype}: load the model with dtype='bfloat16' or"
+            " attn_implementation='sdpa', or run it under torch.autocast."
         )
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         raise ValueError(
