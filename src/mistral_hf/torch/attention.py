@@ -161,8 +161,14 @@ def _library_mask(
         indices = keys.indices(hidden_states.shape[1], hidden_states.device)
         padding, key_start = (None if padding is None else _padding_at(padding, indices)), 0
 
+    real = None
+    if implementation == "flex_attention" and padding is not None:  # whose function would read it, and the host wait
+        real, padding = F.pad(padding, (0, max(0, key_start + keys.length - padding.shape[1]))), None
+
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = visible(query, key if indices is None else indices[key], window)
+        if real is not None:
+            allowed = allowed & real[batch, key]
         return allowed if segments is None else allowed & (segments[batch, query] == segments[batch, key])
 
     batch, length = hidden_states.shape[:2]

@@ -1,6 +1,6 @@
 """Losses that use ``num_items_in_batch``, so that accumulated gradients equal those of the large batch.
 
-Where every label is ignored, a loss is 0 with zero gradients, and there is a warning.
+Where every label is ignored, a loss is 0 with zero gradients, and on a CPU there is a warning.
 
 Legend: B batch, S tokens, N = B * S, E hidden_size, V vocabulary, C classes or regression targets.
 """
@@ -17,7 +17,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .linear import is_plain_linear, linear
 from .sequence_layout import starts_of_sequences
-from .tracing import has_values, runs_untransformed
+from .tracing import has_values, reads_freely, runs_untransformed
 from .validation import IGNORE_INDEX, check_labels
 
 BLOCK_ELEMENTS = 1 << 22  # logits that are converted to float32 together
@@ -266,10 +266,10 @@ def _blocks_of_rows(logits: Tensor) -> Iterator[slice]:
 def _mean(total: Tensor, kept: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The sum of the losses divided by their number, or by that of the accumulated batches.
 
-    The loss is 0 where all labels are ignored; the warning reads one value, for which the host waits.
+    The loss is 0 where all labels are ignored. An accelerator, for which the host would have to wait, gives no warning.
     """
     count: Any = kept.sum()
-    if has_values(count) and not count:
+    if has_values(count) and reads_freely(count) and not count:
         warnings.warn(
             f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this"
             " is not intended, check the collator, the truncation and the masking of prompts.",

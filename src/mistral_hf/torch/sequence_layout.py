@@ -102,7 +102,7 @@ class SequenceLayout(NamedTuple):
             have only one).
         custom_mask: A mask given by the caller in place of ``[B, total]``, for the attention function as it is.
         paged: Whether the keys lie in the paged cache of continuous batching, whose kernels need no mask.
-        padding_on_host: `padding` in host memory, if the host has read it.
+        padding_on_host: The mask ``[B, total]`` in host memory, if the host has read it.
         cache: The cache of the keys.
     """
 
@@ -181,9 +181,7 @@ class SequenceLayout(NamedTuple):
 
     def remember_padding(self, cache: Cache | None) -> None:
         """Let later steps know whether this call's padding lies on the left only, so that they need not wait for it."""
-        if cache is None or self.padding is None or reads_freely(self.padding):
-            return
-        if self.padding_on_host is not None:
+        if cache is not None and self.padding_on_host is not None and not reads_freely(self.positions):
             _left_only[cache] = _is_left_only(self.padding_on_host)
 
     def is_left_padded(self) -> bool:
@@ -209,7 +207,7 @@ def _is_left_only(real: Tensor) -> bool:
 def _padding(
     attention_mask: Tensor, position_ids: Tensor | None, start: Any, inputs_embeds: Tensor, packed: bool | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The boolean form of a 2-d mask on the device of the model and in host memory, or None if it masks no token."""
+    """The boolean form of a 2-d mask on the model's device, None if it masks no token; and in host memory, if read."""
     (batch, length), device = inputs_embeds.shape[:2], inputs_embeds.device
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
         raise ValueError(
@@ -232,7 +230,7 @@ def _padding(
         _check_one_sequence(positions, host)
     else:
         (host,) = on_host(real)
-    return (None, None) if host.all() else (real, host)
+    return (None if host.all() else real), host
 
 
 def _positions(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None) -> Tensor:
