@@ -218,7 +218,7 @@ class MistralForCausalLM(MistralPreTrainedModel, MistralGenerationMixin):
         hidden_states = outputs.last_hidden_state[:, kept]
         loss = logits = None
         if labels is not None:
-            kwargs |= labels_within_sequences(labels, position_ids, attention_mask, kwargs.get("shift_labels"))
+            kwargs |= labels_within_sequences(labels, position_ids, attention_mask, **kwargs)
             loss, logits = self._loss(hidden_states, labels, loss_chunk_size, **kwargs)
         else:
             logits = linear(self.lm_head, hidden_states)
@@ -658,7 +658,8 @@ class MistralModel(MistralPreTrainedModel):
             attention_mask: ``[B, total]``, nonzero for real tokens, `total` being the cached tokens and the new ones;
                 or a custom mask ``[B or 1, H or 1, S, T]``, boolean or additive.
             position_ids: ``[B or 1, S]``. By default the first real token of a row has position 0. Positions that
-                restart (without mask and cache) mark packed sequences, which do not see each other and have no cache.
+                restart (without mask and cache) mark packed sequences, which do not see each other and have no cache;
+                so do the keywords ``cu_seq_lens_q`` and ``seq_idx`` (see `SequenceLayout.of`).
             cache: The cached tokens; new ones are added to it in place.
             inputs_embeds: ``[B, S, E]`` in place of `input_ids`.
             use_cache: Return a cache, a new one if `cache` is None (default: ``config.use_cache``).
@@ -670,24 +671,21 @@ class MistralModel(MistralPreTrainedModel):
 
         Raises:
             ValueError: Both or neither of `input_ids` and `inputs_embeds`; an id outside the vocabulary; a mask that
-                does not cover the tokens, or contradicts positions that restart; or packed sequences without positions.
+                does not cover the tokens, or contradicts positions that restart; or packed sequences with a cache.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds)
-        # With attention functions that take the bounds of packed sequences, their positions need not restart.
-        implementation = self.config._attn_implementation
-        needs_positions = "flash" not in implementation
         layout = SequenceLayout.of(
             inputs_embeds,
             attention_mask,
             position_ids,
             cache,
-            needs_positions=needs_positions,
-            packed=packed if takes_mask(implementation) else False,
+            packed=packed if takes_mask(self.config._attn_implementation) else False,
             **kwargs,
         )
         masks = self.make_masks(inputs_embeds, layout, cache, kwargs.get("output_attentions"))
         if use_cache and cache is None and not layout.is_packed:
             cache = RollingCache(self.config)
+        layout.remember_padding(cache)
         warn_if_too_long(layout.keys, inputs_embeds.shape[1], self.config.max_position_embeddings)
         position_embeddings = self.rotary_emb(inputs_embeds, layout.positions)
         query_scale = scale_of_queries(layout.positions, self.config.query_scaling, inputs_embeds.dtype)

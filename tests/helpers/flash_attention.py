@@ -24,7 +24,7 @@ def use(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash_kernels, "_kernels", kernels)
 
 
-def shapes_only(*, torch_like: bool) -> Any:
+def shapes_only(*, torch_like: bool, device_type: str = "meta") -> Any:
     """Kernels that return tensors of the right shapes without computing them."""
 
     def with_cache(
@@ -38,7 +38,7 @@ def shapes_only(*, torch_like: bool) -> Any:
         return q if return_aux is None else (q, q.new_empty(q.shape[1], len(q)))
 
     if torch_like:
-        return TorchKernels(SimpleNamespace(varlen_attn=varlen, AuxRequest=standin.AuxRequest), "meta")
+        return TorchKernels(SimpleNamespace(varlen_attn=varlen, AuxRequest=standin.AuxRequest), device_type)
     return PackageKernels(
-        SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_with_kvcache=with_cache), "1", "meta"
+        SimpleNamespace(flash_attn_varlen_func=varlen, flash_attn_with_kvcache=with_cache), "1", device_type
     )

@@ -361,3 +361,21 @@ def test_a_copy_is_independent() -> None:
     fork.update(states([7], 6, 1), states([7], 6, 1))
     assert layer.key_buffer[0, 0, :, 0].tolist() == [4, 5, 2, 3]
     assert fork.key_buffer[0, 0, :, 0].tolist() == [4, 5, 7 * ROW + 6, 3]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("static", [False, True])
+def test_autocast_keeps_keys_in_half_precision(
+    static: bool, implementation: str, make_model: Any, token_ids: Any
+) -> None:
+    """Of a float32 model, so that a step casts its own token only; the logits are those without a cache."""
+    model, ids = make_model(implementation=implementation), token_ids(2, 12)
+    cache = RollingCache(model.config, max_cache_len=32 if static else None)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(ids, use_cache=False).logits
+        pieces = [
+            model(ids[:, span], past_key_values=cache).logits for span in (slice(10), slice(10, 11), slice(11, 12))
+        ]
+    assert {layer.key_buffer.dtype for layer in cache.layers} == {torch.bfloat16}
+    assert {layer.value_buffer.dtype for layer in cache.layers} == {torch.bfloat16}
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0.1, atol=0.1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
+from transformers import BitsAndBytesConfig, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from mistral_hf import MistralForCausalLM, RollingCache
 from mistral_hf.torch.attention import ALL_ATTENTION_FUNCTIONS, make_mask
@@ -72,7 +72,15 @@ def test_forward_and_backward_match_eager_attention(
         torch.testing.assert_close(gradient, gradients[1][1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", ["positions", "bounds", "both"])
+PACKED = {
+    "positions": {},
+    "bounds": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "both": {"return_flash_attn_kwargs": True},
+    "numbers": {"return_seq_idx": True, "return_position_ids": False},
+}
+
+
+@pytest.mark.parametrize("how", PACKED)
 @WINDOWS
 @FAMILY
 def test_packed_sequences_are_computed_as_if_alone(
@@ -80,15 +88,30 @@ def test_packed_sequences_are_computed_as_if_alone(
 ) -> None:
     """Sequences of the flattening collator have the same logits as alone, and all weights get gradients."""
     features = [{"input_ids": torch.randint(1, 99, (count,)).tolist()} for count in (9, 1, 13)]
-    batch = DataCollatorWithFlattening(
-        return_flash_attn_kwargs=how != "positions", return_position_ids=how != "bounds"
-    )(features)
+    batch = DataCollatorWithFlattening(**PACKED[how])(features)
+    batch["labels"] = batch["input_ids"].clone()  # a label at the start of a sequence is ignored too
     ours, eager = pair(sliding_window=window)
     output = ours(**batch)
+    singles = [torch.tensor([feature["input_ids"]]) for feature in features if len(feature["input_ids"]) > 1]
+    losses = [eager(row, labels=row, num_items_in_batch=1).loss for row in singles]
+    torch.testing.assert_close(output.loss, torch.stack(losses).sum() / 20)
     alone = [eager(torch.tensor([feature["input_ids"]])).logits for feature in features]
     assert_same(output.logits, torch.cat(alone, dim=1))
     output.loss.backward()
     assert all(weight.grad is not None for weight in ours.parameters())
+
+
+@pytest.mark.parametrize("length", [19, 300])
+def test_a_label_predicted_from_padding_gives_one_loss(
+    length: int, kernels: Any, exact: None, pair: Any, make_pair: Any
+) -> None:
+    """The first token of a left-padded row is predicted by padding, which sees no key: that of the reference's sdpa."""
+    mask, ids = padding("left", length), torch.randint(1, 99, (3, length))
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    models = [*pair(), *make_pair("ForCausalLM", "sdpa", head_dim=16)]
+    first, *others = [model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).loss for model in models]
+    for loss in others:
+        torch.testing.assert_close(loss, first, rtol=1e-5, atol=0)
 
 
 def test_bounds_of_packed_sequences_need_a_single_row(kernels: Any, exact: None, pair: Any) -> None:
@@ -269,7 +292,7 @@ def test_no_step_waits_for_an_accelerator(
     ],
 )
 def test_a_query_reads_exactly_the_slots_of_its_visible_keys(
-    query: int, slots: int, window: int | None, padded: int, expected: list[Any]
+    query: int, slots: int, window: int | None, padded: int, expected: list[Any], kernels: Any
 ) -> None:
     real = torch.arange(query + 1)[None] >= padded
     with torch.no_grad():
@@ -305,13 +328,48 @@ def test_flash_attention_can_be_chosen_at_loading_and_later(kernels: Any, flash_
     later.set_attn_implementation(NAME)
     assert later.config._attn_implementation == NAME
     later.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match=r"float16 and bfloat16 only, not in torch\.float32"):
-        later.float().set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"float16 and bfloat16 only, not in torch\.float64"):
+        later.double().set_attn_implementation(NAME)
 
 
-def test_loading_in_float32_is_refused(kernels: Any, flash_checkpoint: Any) -> None:
-    with pytest.raises(ValueError, match=r"not in torch\.float32: load the model with dtype='bfloat16'"):
-        load(flash_checkpoint, dtype="float32")
+@pytest.mark.parametrize("how", ["loading", "switching"])
+def test_float32_weights_run_under_autocast_only(how: str, kernels: Any, flash_checkpoint: Any) -> None:
+    """Master weights of mixed precision; computing in float32 is refused."""
+    ids = torch.randint(1, 99, (2, 12))
+    eager = MistralForCausalLM.from_pretrained(flash_checkpoint, dtype="float32", attn_implementation="eager")
+    if how == "loading":
+        model = load(flash_checkpoint, dtype="float32")
+    else:
+        model = copy.deepcopy(eager)
+        model.set_attn_implementation(NAME)
+    with pytest.raises(ValueError, match=r"not in torch\.float32: .* or run it under torch\.autocast"):
+        model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = (m(ids, labels=ids).loss for m in (model, eager))
+    loss.backward()
+    assert (loss - expected).abs() < 0.05
+    assert model.model.embed_tokens.weight.grad.dtype == torch.float32
+
+
+def test_other_dtypes_are_refused_at_loading(kernels: Any, flash_checkpoint: Any) -> None:
+    with pytest.raises(ValueError, match=r"not in torch\.float64: load the model with dtype='bfloat16'"):
+        load(flash_checkpoint, dtype="float64")
+
+
+def test_float32_states_of_a_quantized_model_are_taken_in_its_dtype(kernels: Any, flash_checkpoint: Any) -> None:
+    """As after PEFT's `prepare_model_for_kbit_training`, without autocast."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    ids, losses = torch.randint(1, 99, (2, 12)), []
+    for implementation in (NAME, "sdpa"):
+        options = {"dtype": "bfloat16", "quantization_config": nf4, "attn_implementation": implementation}
+        model = MistralForCausalLM.from_pretrained(flash_checkpoint, **options)
+        model = peft.prepare_model_for_kbit_training(model)
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        losses.append(model(ids, labels=ids).loss)
+        losses[-1].backward()
+    assert (losses[0] - losses[1]).abs() < 0.05
 
 
 def test_later_versions_go_through_the_library(kernels: Any, flash_checkpoint: Any) -> None:
@@ -350,6 +408,22 @@ def test_padding_amid_a_window_is_refused(kernels: Any, exact: None, pair: Any) 
         ours(ids, attention_mask=torch.zeros_like(mask))
 
 
+def test_padding_between_turns_is_refused_with_the_remedy(kernels: Any, exact: None, pair: Any) -> None:
+    """Rows of a batch end at different tokens, and the conversation goes on; sdpa takes this."""
+    ours, eager = pair()
+    ids, mask = torch.randint(1, 99, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 6:8] = 0
+    cache = RollingCache(ours.config)
+    ours(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"padding between turns, choose attn_implementation='sdpa'"):
+        ours(ids[:, 6:], attention_mask=mask, past_key_values=cache)
+    ours.set_attn_implementation("sdpa")
+    cache = RollingCache(ours.config)
+    ours(ids[:, :6], past_key_values=cache)
+    found = ours(ids[:, 6:], attention_mask=mask, past_key_values=cache).logits
+    assert_same(found, eager(ids, attention_mask=mask).logits[:, 6:], mask[:, 6:])
+
+
 def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any) -> None:
     model, ids = pair()[0].bfloat16(), torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="cannot return attention weights: choose attn_implementation='eager'"):
@@ -358,18 +432,51 @@ def test_attention_weights_and_custom_masks_are_refused(kernels: Any, pair: Any)
         model(ids, attention_mask=torch.ones(1, 1, 3, 3, dtype=torch.bool))
 
 
-def test_the_oldest_package_decodes_without_padding_only(
-    exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
+OLD_PACKAGE_GENERATION = {
+    "unpadded": {},
+    "static": {"cache_implementation": "static"},
+    "padded": {"attention_mask": padding("left", 11)},
+    "padded and static": {"attention_mask": padding("left", 11), "cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("how", OLD_PACKAGE_GENERATION)
+def test_the_oldest_package_generates_as_eager_attention(
+    how: str, window: int | None, exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It cannot skip the padding of cached keys, which is refused."""
+    """Its decoding function cannot begin after the first key of a row."""
+    use(OLD_PACKAGE, monkeypatch)
+    ours, eager = pair(sliding_window=window)
+    ids = torch.randint(1, 99, (3, 11))
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, **OLD_PACKAGE_GENERATION[how]}
+    expected = eager.generate(ids, **{**options, "cache_implementation": None})
+    assert torch.equal(ours.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("assisted", [False, True])
+def test_the_oldest_package_takes_candidates_past_the_window(
+    assisted: bool, exact: None, pair: Any, make_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use(OLD_PACKAGE, monkeypatch)
     ours, eager = pair()
-    ids = torch.randint(1, 99, (3, 11))
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    for cache in ("dynamic", "static"):
-        assert torch.equal(ours.generate(ids, cache_implementation=cache, **options), eager.generate(ids, **options))
-    with pytest.raises(ValueError, match=r"flash_attn 2\.3\.0 cannot skip the padding of cached keys"):
-        ours.generate(ids, attention_mask=padding("left", 11), **options)
+    ids = torch.randint(1, 99, (1, 11)).repeat(1, 2)
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None}
+    helper = {"assistant_model": make_model("ForCausalLM", "eager", head_dim=16, seed=3)} if assisted else {}
+    found = ours.generate(ids, **options, **(helper or {"prompt_lookup_num_tokens": 3}))
+    assert torch.equal(found, eager.generate(ids, **options))
+
+
+def test_the_oldest_package_takes_a_mask_of_ones(exact: None, pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(OLD_PACKAGE, monkeypatch)
+    ours, eager = pair()
+    ids, logits = torch.randint(1, 99, (3, 15)), []
+    for model in (ours, eager):
+        cache = RollingCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :14], past_key_values=cache)
+            logits.append(model(ids[:, 14:], attention_mask=torch.ones(3, 15), past_key_values=cache).logits)
+    assert_same(*logits)
 
 
 # Compiled decoding.

@@ -14,7 +14,7 @@ from mistral_hf.torch.attention import make_mask
 from mistral_hf.torch.flash_kernels import KeyRangePlan, PackageKernels, TorchKernels
 from mistral_hf.torch.sequence_layout import KeyLayout
 from tests.helpers import fake_flash_kernels as standin
-from tests.helpers.flash_attention import NAME, use
+from tests.helpers.flash_attention import KERNELS, NAME, use
 from tests.helpers.layouts import layout_of
 
 
@@ -94,6 +94,20 @@ def test_dropout_reaches_the_kernels_or_is_refused(
     assert probabilities == [0.25, 0.25, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("begins_later", [False, True])
+def test_the_operator_of_a_decoding_step_agrees_with_its_description(
+    count: int, begins_later: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiler sees the shapes, dtypes and strides that a run gives."""
+    use(KERNELS["package"], monkeypatch)
+    query, stops = states(2 * count, 4, 16), torch.full((2 * count,), 6, dtype=INT)
+    key, value = states(2, 2, 8, 16), states(2, 2, 8, 16)
+    rows = torch.arange(2, dtype=INT).repeat_interleave(count) if count > 1 else None
+    arguments = (query, key, value, stops, stops - 2 if begins_later else None, rows, 0.25)
+    torch.library.opcheck(torch.ops.mistral_hf.attend_to_cache, arguments)
+
+
 # Where the kernels come from.
 
 
@@ -137,6 +151,15 @@ def test_pytorch_comes_second(nothing_found: Any) -> None:
 def test_a_package_older_than_2_3_is_refused(nothing_found: Any) -> None:
     nothing_found.setattr(flash_kernels, "version", lambda package: "2.2.5")
     with pytest.raises(ImportError, match=r"flash_attn 2\.2\.5 is older than 2\.3\.0"):
+        flash_kernels.find_kernels()
+
+
+def test_rocm_is_refused(nothing_found: Any) -> None:
+    """Its back ends of the package ignore the padding of cached keys."""
+    nothing_found.setattr(flash_kernels, "version", lambda package: "2.8.3")
+    nothing_found.setattr(flash_kernels.importlib, "import_module", lambda name: standin.PACKAGE)
+    nothing_found.setattr(torch.version, "hip", "6.4.0")
+    with pytest.raises(ImportError, match=r"NVIDIA GPUs only, and this PyTorch is built for ROCm 6\.4\.0: choose"):
         flash_kernels.find_kernels()
 
 

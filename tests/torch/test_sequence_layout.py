@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
+from mistral_hf import RollingCache
 from tests.conftest import SEQUENCE_LENGTHS
 from tests.helpers.comparison import TIGHT, assert_same_tensors, loss_and_gradients
 from tests.helpers.packing import apart, flattened
@@ -108,12 +109,24 @@ def unmasked(sequences: Any) -> dict[str, Any]:
     return batch | {"labels": batch["input_ids"].clone()}
 
 
+def bounds_alone(sequences: Any) -> dict[str, Any]:
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False)
+    return collator([dict(row) for row in sequences])
+
+
+def numbers_alone(sequences: Any) -> dict[str, Any]:
+    collator = DataCollatorWithFlattening(return_seq_idx=True, return_position_ids=False)
+    return collator([dict(row) for row in sequences])
+
+
 COLLATORS = {
     "flattened": flattened,
     "flattened for kernels": flattened_for_kernels,
     "padding-free": padding_free,
     "packed": packed,
     "unmasked": unmasked,
+    "bounds alone": bounds_alone,
+    "numbers alone": numbers_alone,
 }
 
 
@@ -169,8 +182,34 @@ def test_a_mask_that_lets_packed_sequences_see_each_other_is_refused(
         make_model()(**batch)
 
 
-@pytest.mark.parametrize("keyword", ["return_flash_attn_kwargs", "return_seq_idx"])
-def test_packing_without_positions_is_refused(keyword: str, make_model: Any, sequences: Any) -> None:
-    batch = DataCollatorWithFlattening(return_position_ids=False, **{keyword: True})([dict(row) for row in sequences])
-    with pytest.raises(ValueError, match=r"marks packed sequences.*return_position_ids=True"):
-        make_model()(**batch)
+@pytest.mark.parametrize("mark", ["cu_seq_lens_q", "seq_idx"])
+def test_packing_with_a_cache_is_refused(mark: str, make_model: Any, sequences: Any) -> None:
+    """The sequences would see each other."""
+    batch = (bounds_alone if mark == "cu_seq_lens_q" else numbers_alone)(sequences)
+    model = make_model()
+    with pytest.raises(ValueError, match=rf"{mark} marks packed sequences, which cannot continue those of a cache"):
+        model(**batch, past_key_values=RollingCache(model.config))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [([0, 3], r"rise from 0 to the 6 tokens of the row, but is \[0, 3\]"), ([0, 4, 3, 6], "rise"), ([1, 3, 6], "rise")],
+)
+def test_bounds_that_do_not_cover_the_row_are_refused(
+    bounds: list[int], message: str, make_model: Any, token_ids: Any
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model()(token_ids(1, 6), cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32))
+
+
+def test_numbers_of_sequences_of_another_shape_are_refused(make_model: Any, token_ids: Any) -> None:
+    with pytest.raises(ValueError, match=r"seq_idx has shape \(1, 5\); for 2 rows of 6 tokens it must be \[2, 6\]"):
+        make_model()(token_ids(2, 6), seq_idx=torch.zeros(1, 5))
+
+
+def test_numbers_mark_packed_sequences_in_every_row(make_model: Any, token_ids: Any) -> None:
+    model, ids = make_model(), token_ids(2, 12)
+    logits = model(ids, seq_idx=torch.tensor([[3] * 5 + [1] * 7, [0] * 12])).logits
+    expected = [model(ids[:1, :5]).logits, model(ids[:1, 5:]).logits]
+    torch.testing.assert_close(logits[:1], torch.cat(expected, dim=1), **TIGHT)
+    torch.testing.assert_close(logits[1:], model(ids[1:]).logits, **TIGHT)

@@ -161,8 +161,14 @@ def _library_mask(
         indices = keys.indices(hidden_states.shape[1], hidden_states.device)
         padding, key_start = (None if padding is None else _padding_at(padding, indices)), 0
 
+    real = None
+    if implementation == "flex_attention" and padding is not None:  # whose function would read it, and the host wait
+        real, padding = F.pad(padding, (0, max(0, key_start + keys.length - padding.shape[1]))), None
+
     def rule(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         allowed = visible(query, key if indices is None else indices[key], window)
+        if real is not None:
+            allowed = allowed & real[batch, key]
         return allowed if segments is None else allowed & (segments[batch, query] == segments[batch, key])
 
     batch, length = hidden_states.shape[:2]
@@ -287,8 +293,10 @@ def _eager(
         scores = scores + mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
-    output = weights.view(batch, kv_heads, -1, total) @ value  # [B, K, G*S, D]
-    return output.view(batch, heads, length, head_dim).transpose(1, 2), weights
+    output = (weights.view(batch, kv_heads, -1, total) @ value).view(batch, heads, length, head_dim)
+    if length > 1 and mask is not None and mask.dtype == torch.bool:  # as in fused kernels: who sees no key gets zeros
+        output = output * mask.any(dim=-1, keepdim=True)
+    return output.transpose(1, 2), weights
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:

@@ -182,6 +182,8 @@ def cached_states(
 ) -> tuple[Tensor, Tensor]:
     """The keys and values that new queries attend to, the new ones ``[B, K, S, D]`` among them.
 
+    Under autocast, float32 states are kept in its dtype, so that no step casts the whole cache.
+
     Args:
         cache: A cache of the library's kind, the paged cache of continuous batching, or None.
         options: Those of the attention call; a paged cache changes them in place.
@@ -191,6 +193,9 @@ def cached_states(
     if CACHE_NAME == FORMER_NAME and not isinstance(cache, Cache):  # there, attention functions fill a paged cache
         options["cache"] = cache
         return keys, values
+    if keys.dtype == torch.float32 and torch.is_autocast_enabled(keys.device.type):
+        dtype = torch.get_autocast_dtype(keys.device.type)
+        keys, values = keys.to(dtype), values.to(dtype)
     return cache.update(keys, values, layer_idx, kwargs=options)
 
 

@@ -6,7 +6,7 @@ The mask of this implementation is a plan: the bounds that the kernels take, mad
 layers. The plan of a decoding step neither copies a buffer nor makes the host wait for the device.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from transformers.modeling_utils import AttentionInterface
 
 from .attention import ALL_ATTENTION_FUNCTIONS, MASK_FUNCTIONS
 from .flash_kernels import NAME, KeyRangePlan, VarlenPlan, check_model, check_states, find_kernels
-from .sequence_layout import KeyLayout, SequenceLayout
+from .sequence_layout import KeyLayout, Packing, SequenceLayout, bounds_of
+from .tracing import has_values, on_host
 
 
 def flash_attention_forward(
@@ -29,7 +30,8 @@ def flash_attention_forward(
 ) -> tuple[Tensor, None]:
     """Attention through the FlashAttention-2 kernels; arguments as `attention.eager_attention_forward`.
 
-    The mask is a plan of `make_flash_plan`. Under autocast, the states are taken in its dtype.
+    The mask is a plan of `make_flash_plan`. Under autocast, the states are taken in its dtype; those of a quantized
+    model, which are in float32 where its norms are, in the dtype that it was loaded in.
 
     Returns:
         ``[B, S, H, D]``, and None.
@@ -51,9 +53,14 @@ def flash_attention_forward(
             f"{NAME} runs on {kernels.device_type}, and the model is on {query.device}: move it with"
             f" model.to({kernels.device_type!r}), or choose attn_implementation='sdpa'."
         )
+    dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    elif dtype == torch.float32 and getattr(module.config, "quantization_config", None) is not None:
+        dtype = cast(
+            Any, module.config
+        ).dtype  # the norms are in float32 after PEFT's `prepare_model_for_kbit_training`
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     check_states(query.dtype, query.shape[3])
     return kernels.attend(attention_mask, query, key, value, scaling, dropout), None
 
@@ -75,35 +82,29 @@ def make_flash_plan(
     if weights_wanted:
         raise ValueError(f"{NAME} cannot return attention weights: choose attn_implementation='eager' for them.")
     (batch, length), device = hidden_states.shape[:2], hidden_states.device
-    keys, padding, segments = layout.keys, layout.padding, layout.segments
-    if padding is not None and keys.cached:
-        _check_left_padding(padding, may_wait=length > 1)
+    keys, padding = layout.keys, layout.padding
+    if keys.cached and not layout.is_left_padded():
+        raise ValueError(
+            f"{NAME} continues a cache with padding on the left only, and the attention mask has padding after real"
+            ' tokens. If the rows of a prompt were padded on the right, set tokenizer.padding_side = "left"; if'
+            " there is padding between turns, choose attn_implementation='sdpa', which takes it anywhere."
+        )
     # One query a row: ranges of the buffer as it lies. These kernels have no backward pass.
     if length == 1 and not torch.is_grad_enabled():
-        return _key_ranges(batch, keys, window, padding, device)
+        plan = _key_ranges(batch, keys, window, padding, device)
+        if plan.starts is None or find_kernels().has_starts:
+            return plan
     # Several queries after cached keys.
     if keys.cached:
         return _cached_sequences(batch, length, keys, window, padding, device)
     # No cache and nothing to leave out.
-    if padding is None and segments is None:
+    if padding is None and layout.packing is None:
         return _whole_rows(batch, length, length, window, device)
-    # No cache, but padding or packed sequences.
-    return _kept_sequences(batch, length, window, padding, segments, device)
-
-
-def _check_left_padding(padding: Tensor, may_wait: bool) -> None:
-    """Raise for padding after real tokens; where the host must not wait for it, an accelerator asserts it instead."""
-    if torch.compiler.is_compiling():
-        return
-    wrong = (padding[:, :-1] & ~padding[:, 1:]).any()
-    message = (
-        f"{NAME} generates from a cache with padding on the left only, and the attention mask has padding to the right"
-        ' of real tokens: set tokenizer.padding_side = "left".'
-    )
-    if padding.device.type != "cpu" and not may_wait:
-        torch._assert_async(~wrong, message)
-    elif wrong:
-        raise ValueError(message)
+    # No cache, but packed sequences.
+    if padding is None:
+        return _packed_sequences(layout.packing, window, device)
+    # No cache, but padding.
+    return _padded_rows(batch, length, window, layout, device)
 
 
 def _whole_rows(batch: int, queries: int, keys: int, window: int | None, device: torch.device) -> VarlenPlan:
@@ -112,24 +113,63 @@ def _whole_rows(batch: int, queries: int, keys: int, window: int | None, device:
     return VarlenPlan(number * queries, number * keys, queries, keys, window)
 
 
-def _kept_sequences(
-    batch: int, length: int, window: int | None, padding: Tensor | None, segments: Tensor | None, device: torch.device
+def _packed_sequences(packing: Packing | None, window: int | None, device: torch.device) -> VarlenPlan:
+    """Without cached keys: every packed segment of a row is a sequence."""
+    assert packing is not None
+    bounds, longest = packing.bounds, packing.longest
+    if bounds is None:
+        bounds, longest = _counted(packing.segments, device)
+    elif longest is None:
+        longest = _longest(bounds)
+    return VarlenPlan(bounds, bounds, longest, longest, window)
+
+
+@torch.compiler.disable(reason="pass cu_seq_lens_q and max_length_q with packed sequences, or the host must count them")
+def _counted(segments: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    (host,) = on_host(segments)
+    return bounds_of(nn.functional.pad(host.diff(dim=-1) != 0, (1, 0)), device)
+
+
+@torch.compiler.disable(reason="pass max_length_q with cu_seq_lens_q, or the host must read it")
+def _longest(bounds: Tensor) -> int:
+    return int(bounds.diff().max())
+
+
+def _padded_rows(
+    batch: int, length: int, window: int | None, layout: SequenceLayout, device: torch.device
 ) -> VarlenPlan:
-    """Without cached keys: the real tokens alone, every packed segment of a row a sequence."""
-    rows = torch.arange(0, batch * length, length, device=device)[:, None].expand(batch, length)
-    sequence, kept = (rows if segments is None else rows + segments).flatten(), None
-    if padding is not None:
-        begins = padding[:, 0].long() + (padding[:, 1:] & ~padding[:, :-1]).sum(dim=-1)
-        if (begins.sum() == 0) or (window is not None and (begins > 1).any()):
-            raise ValueError(
-                f"The attention mask has {'padding between real tokens' if begins.any() else 'no real tokens'}, which"
-                f" {NAME} cannot handle: choose attn_implementation='sdpa'."
-            )
-        kept = padding.flatten().nonzero()[:, 0]
-        sequence = sequence[kept]
-    counts = sequence.unique_consecutive(return_counts=True)[1]
-    bounds, longest = nn.functional.pad(counts.cumsum(0), (1, 0)).int(), int(counts.max())
-    return VarlenPlan(bounds, bounds, longest, longest, window, kept)
+    """Without cached keys: the real tokens of every row; those of padding see no key, and get zeros."""
+    real = layout.padding if layout.padding_on_host is None else layout.padding_on_host
+    assert real is not None
+    begins = real[:, 0].long() + (real[:, 1:] & ~real[:, :-1]).sum(dim=-1)
+    if not has_values(real):
+        torch._assert_async((begins <= 1).all(), _between_tokens("padding between real tokens"))
+    elif begins.sum() == 0 or (window is not None and (begins > 1).any()):
+        raise ValueError(_between_tokens("padding between real tokens" if begins.any() else "no real tokens"))
+    elif (begins > 1).any() or layout.packing is not None:
+        return _kept_sequences(batch, length, window, real, layout.segments, device)
+    count, before = real.sum(dim=-1), _leading(real)
+    after, none = length - before - count, torch.zeros_like(count)
+    bounds = (_bounds(none, before + count, after, none), _bounds(before, count, none, after))
+    cu_q, cu_k = (tensor.to(device, non_blocking=True) for tensor in bounds)
+    return VarlenPlan(cu_q, cu_k, max(length, 2), length, window)
+
+
+def _between_tokens(found: str) -> str:
+    return f"The attention mask has {found}, which {NAME} cannot handle: choose attn_implementation='sdpa'."
+
+
+def _kept_sequences(
+    batch: int, length: int, window: int | None, real: Tensor, segments: Tensor | None, device: torch.device
+) -> VarlenPlan:
+    """The real tokens alone, every packed segment of a row a sequence; the mask is in host memory."""
+    sequence = torch.arange(0, batch * length, length)[:, None].expand(batch, length)
+    if segments is not None:
+        sequence = sequence + on_host(segments)[0]
+    kept = real.flatten().nonzero()[:, 0]
+    counts = sequence.flatten()[kept].unique_consecutive(return_counts=True)[1]
+    bounds, longest = nn.functional.pad(counts.cumsum(0), (1, 0)).int().to(device), int(counts.max())
+    return VarlenPlan(bounds, bounds, longest, longest, window, kept.to(device))
 
 
 def _cached_sequences(

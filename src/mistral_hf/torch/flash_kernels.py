@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from packaging.version import Version
 from torch import Tensor, library
+from transformers.utils import logging
 
 NAME = "flash_attention_2"
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 OLDEST_PACKAGE = Version("2.3.0")  # the first with windows
+logger = logging.get_logger(__name__)
 
 
 class VarlenPlan(NamedTuple):
@@ -80,10 +82,12 @@ class Kernels(ABC):
     Attributes:
         name: For messages.
         device_type: Type of the device that they run on.
+        has_starts: Whether `ranges` takes ranges that begin after the first key.
     """
 
     name: str
     device_type: str
+    has_starts: bool = True
 
     def attend(
         self,
@@ -165,11 +169,6 @@ class PackageKernels(Kernels):
         )
 
     def ranges(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
-        if plan.starts is not None and not self.has_starts:
-            raise ValueError(
-                f"{self.name} cannot skip the padding of cached keys (it has no cache_leftpad yet): upgrade it, or"
-                " uninstall it to use PyTorch's own kernels, or generate without padding."
-            )
         attend = torch.ops.mistral_hf.attend_to_cache if torch.compiler.is_compiling() else self.attend_to_cache
         batch, count = plan.lengths.shape
         stops, starts, rows = plan.lengths.flatten(), None, None
@@ -179,7 +178,7 @@ class PackageKernels(Kernels):
             rows = torch.arange(batch, dtype=torch.int32, device=query.device).repeat_interleave(count)
             query = query.repeat_interleave(count, dim=0)
         output, logsumexp = attend(query, key, value, stops, starts, rows, scaling)
-        if count == 1:
+        if logsumexp is None or count == 1:
             return output
         return merge(output.unflatten(0, (batch, count)), logsumexp.unflatten(0, (batch, count)), plan.lengths)
 
@@ -192,8 +191,12 @@ class PackageKernels(Kernels):
         starts: Tensor | None,
         rows: Tensor | None,
         scaling: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Output ``[N, H, D]`` and logsumexp ``[N, H]`` of queries ``[N, H, D]`` to a range of a row each."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of queries ``[N, H, D]`` to a range of a row each.
+
+        Returns:
+            ``[N, H, D]``, and where `rows` are given the logsumexp ``[N, H]`` in float32.
+        """
         options: dict[str, Any] = {} if starts is None else {"cache_leftpad": starts}
         if rows is not None:
             options |= {"cache_batch_idx": rows, "return_softmax_lse": True}
@@ -205,7 +208,9 @@ class PackageKernels(Kernels):
             softmax_scale=scaling,
             **options,
         )
-        output, logsumexp = found if rows is not None else (found, found.new_empty(*query.shape[:2], 1))
+        if rows is None:
+            return found[:, 0], None
+        output, logsumexp = found
         return output[:, 0], logsumexp[..., 0]
 
 
@@ -223,6 +228,8 @@ def _attend_to_cache(
     kernels = find_kernels()
     assert isinstance(kernels, PackageKernels)
     output, logsumexp = kernels.attend_to_cache(query, key, value, stops, starts, rows, scaling)
+    if logsumexp is None:  # an operator returns tensors
+        logsumexp = query.new_zeros(query.shape[:2], dtype=torch.float32)
     return output.contiguous(), logsumexp.contiguous()
 
 
@@ -298,9 +305,15 @@ def find_kernels() -> Kernels:
     """The kernels of the package ``flash_attn`` if it is installed, else those of PyTorch.
 
     Raises:
-        ImportError: There are none, or the package is too old, or it cannot be imported.
+        ImportError: There are none, or the package is too old, or it cannot be imported, or this is not a CUDA build
+            of PyTorch but one for ROCm.
     """
     global _kernels
+    if torch.version.hip is not None:  # its back ends ignore ``cache_leftpad`` without an error
+        raise ImportError(
+            f"attn_implementation={NAME!r} runs on NVIDIA GPUs only, and this PyTorch is built for ROCm"
+            f" {torch.version.hip}: choose attn_implementation='sdpa'."
+        )
     if _kernels is None:
         _kernels = _package_kernels() or _torch_kernels()
     if _kernels is None:
@@ -326,14 +339,14 @@ def _package_kernels() -> Kernels | None:
 
 
 def _torch_kernels() -> Kernels | None:
-    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+    if not torch.backends.cuda.is_flash_attention_available():
         return None
     module = importlib.import_module("torch.nn.attention.varlen")
     return TorchKernels(module) if "window_size" in inspect.signature(module.varlen_attn).parameters else None
 
 
 def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
-    """Check that a model can run with the kernels found here.
+    """Check that a model can run with the kernels found here; one in float32 can under autocast.
 
     Args:
         dtype: Of its weights, if it is known.
@@ -347,20 +360,26 @@ def check_model(dtype: torch.dtype | None, head_dim: int) -> None:
     if kernels.device_type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"attn_implementation={NAME!r} needs a CUDA device, and there is none: choose 'sdpa'.")
-        if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        if torch.cuda.get_device_capability() < (8, 0):
             raise ValueError(
                 f"attn_implementation={NAME!r} needs a GPU of compute capability 8.0 (Ampere) or later, not"
                 f" {'.'.join(map(str, torch.cuda.get_device_capability()))}: choose 'sdpa'."
             )
+    if dtype == torch.float32:
+        logger.warning_once(
+            f"{NAME} computes in float16 and bfloat16 only: a model with weights in torch.float32 runs under"
+            " torch.autocast, and nowhere else. To compute without it, load the model with dtype='bfloat16'."
+        )
+        dtype = None
     check_states(dtype, head_dim)
 
 
 def check_states(dtype: torch.dtype | None, head_dim: int) -> None:
-    """Raise `ValueError` for a dtype or a head_dim that the kernels do not support."""
+    """Raise `ValueError` for a dtype (None is not known yet) or a head_dim that the kernels do not support."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(
-            f"{NAME} computes in float16 and bfloat16 only, not in {dtype}: load the model with dtype='bfloat16', or"
-            " with attn_implementation='sdpa'."
+            f"{NAME} computes in float16 and bfloat16 only, not in {dtype}: load the model with dtype='bfloat16' or"
+            " attn_implementation='sdpa', or run it under torch.autocast."
         )
     if head_dim > MAX_HEAD_DIM or head_dim % 8:
         raise ValueError(

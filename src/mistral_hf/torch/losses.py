@@ -1,6 +1,6 @@
 """Losses that use ``num_items_in_batch``, so that accumulated gradients equal those of the large batch.
 
-Where every label is ignored, a loss is 0 with zero gradients, and there is a warning.
+Where every label is ignored, a loss is 0 with zero gradients, and on a CPU there is a warning.
 
 Legend: B batch, S tokens, N = B * S, E hidden_size, V vocabulary, C classes or regression targets.
 """
@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.configuration_utils import PreTrainedConfig
 
 from .linear import is_plain_linear, linear
-from .tracing import has_values, runs_untransformed
+from .sequence_layout import starts_of_sequences
+from .tracing import has_values, reads_freely, runs_untransformed
 from .validation import IGNORE_INDEX, check_labels
 
 BLOCK_ELEMENTS = 1 << 22  # logits that are converted to float32 together
@@ -108,26 +109,33 @@ def next_labels(labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
 
 
 def labels_within_sequences(
-    labels: Tensor, position_ids: Tensor | None, attention_mask: Any, shift_labels: Tensor | None
+    labels: Tensor,
+    position_ids: Tensor | None,
+    attention_mask: Any,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
 ) -> dict[str, Tensor]:
-    """The keyword ``shift_labels`` of the loss functions, where positions may mark packed sequences.
+    """The keyword ``shift_labels`` of the loss functions, where rows may hold packed sequences.
 
-    A label that would be predicted from another sequence is ignored. Without a mask, positions that restart mark a new
-    sequence, as for attention.
+    A label that would be predicted from another sequence is ignored. Sequences are marked as for attention: by
+    ``cu_seq_lens_q``, by ``seq_idx``, or without a mask by positions that restart.
 
     Args:
         labels: ``[B, S]``.
         position_ids: ``[B or 1, S]``, or None.
         attention_mask: As of the model.
         shift_labels: ``[B, S]``, the label that each token predicts, if the caller gives it.
+        **kwargs: As of the model.
 
     Returns:
         ``shift_labels`` ``[B, S]``, or nothing if there are no packed sequences.
     """
-    if position_ids is None or attention_mask is not None or position_ids.shape[-1] != labels.shape[-1]:
+    marks = position_ids if attention_mask is None else None
+    starts = starts_of_sequences(labels.shape[0], labels.shape[1], marks, **kwargs)
+    if starts is None:
         return {}
     following = next_labels(labels) if shift_labels is None else shift_labels
-    ends = F.pad(position_ids.diff(dim=-1) != 1, (0, 1), value=True)
+    ends = F.pad(starts[:, 1:], (0, 1), value=True)
     return {"shift_labels": following.masked_fill(ends.to(following.device), IGNORE_INDEX)}
 
 
@@ -258,10 +266,10 @@ def _blocks_of_rows(logits: Tensor) -> Iterator[slice]:
 def _mean(total: Tensor, kept: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
     """The sum of the losses divided by their number, or by that of the accumulated batches.
 
-    The loss is 0 where all labels are ignored; the warning reads one value, for which the host waits.
+    The loss is 0 where all labels are ignored. An accelerator, for which the host would have to wait, gives no warning.
     """
     count: Any = kept.sum()
-    if has_values(count) and not count:
+    if has_values(count) and reads_freely(count) and not count:
         warnings.warn(
             f"All labels of a batch are ignored ({IGNORE_INDEX}): its loss is 0, and so are its gradients. If this"
             " is not intended, check the collator, the truncation and the masking of prompts.",

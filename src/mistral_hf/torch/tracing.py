@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+FREE_DEVICES = frozenset({"cpu"})
+
 
 def runs_untransformed(states: Tensor) -> bool:
     """Whether operators on these states run as written: no tracer, function transform, dual number or subclass."""
@@ -14,3 +16,17 @@ def runs_untransformed(states: Tensor) -> bool:
 def has_values(tensor: Tensor) -> bool:
     """Whether Python may branch on a tensor's values: not in a compiler or tracer, nor on a meta or fake tensor."""
     return not torch.compiler.is_compiling() and not tensor.is_meta and runs_untransformed(tensor)
+
+
+def reads_freely(tensor: Tensor) -> bool:
+    """Whether Python can read a tensor's values without waiting for an accelerator."""
+    return tensor.device.type in FREE_DEVICES
+
+
+def on_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies in host memory of tensors of one shape; the host waits for an accelerator at most once."""
+    if all(reads_freely(tensor) for tensor in tensors):
+        return tensors
+    if len(tensors) == 1:
+        return (tensors[0].cpu(),)
+    return tuple(torch.stack([tensor.long() for tensor in tensors]).cpu())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from .sequence_layout import KeyLayout
-from .tracing import has_values
+from .tracing import has_values, reads_freely
 
 IGNORE_INDEX = -100
 logger = logging.get_logger(__name__)
@@ -24,7 +24,7 @@ def check_input_ids(input_ids: Tensor, embedding: nn.Module, vocab_size: int) ->
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; it must be [batch, tokens].")
-    if input_ids.device.type == "cpu" or input_ids.shape[1] > 1:
+    if reads_freely(input_ids) or input_ids.shape[1] > 1:
         meaning = "token ids of the model's vocabulary; use the model's own tokenizer, or resize_token_embeddings"
         check_range("input_ids", input_ids, getattr(embedding, "num_embeddings", vocab_size), meaning)
 
@@ -52,7 +52,7 @@ def check_range(name: str, ids: Tensor, count: int, meaning: str, exempt: Tensor
     wrong = (ids < 0) | (ids >= count)
     if exempt is not None:
         wrong &= ~exempt
-    if ids.device.type != "cpu":
+    if not reads_freely(ids):
         torch._assert_async(~wrong.any(), f"{name} must lie in [0, {count}): {meaning}")
     elif wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
