@@ -152,6 +152,7 @@ CASES: list[tuple[str, str, Spoil, str]] = [
     ("hf", "rope-negative", rope(factor=-1.0), r"config\.json: rope_scaling\.factor .* got -1\.0"),
     ("hf", "rope-null", rope(factor=None), r"config\.json: rope_scaling\.factor must be .* got None"),
     ("hf", "mscale-list", rope(mscale=[1]), r"config\.json: rope_scaling\.mscale must be a finite number, got \[1\]"),
+    ("hf", "type-list", config(model_type=["mistral"]), r"config\.json has model_type=\['mistral'\]"),
     ("hf", "layers-number", config(layer_types=7), r"config\.json: layer_types must give .* got 7"),
     ("hf", "layers-few", config(layer_types=[]), r"config\.json: layer_types must give .* got \[\]"),
     ("hf", "layers-kind", config(layer_types=["x", {}]), r"config\.json: layer_types must give .* got \['x', \{\}\]"),

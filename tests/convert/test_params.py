@@ -13,14 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.ministral3.configuration_ministral3 import Ministral3Config
 from transformers.models.mistral.configuration_mistral import MistralConfig
 
-from mistral_hf.convert.params import (
-    KNOWN_MODELS,
-    complete_params,
-    config_to_params,
-    normalize_params,
-    params_difference,
-    params_to_config,
-)
+from mistral_hf.convert.config import config_to_params, params_to_config
+from mistral_hf.convert.params import KNOWN_MODELS, complete_params, normalize_params, params_difference
 from tests.helpers.family import FAMILIES
 from tests.helpers.raw_reference import COMMON, GENERATIONS, VISION_PARAMS, YARN
 
@@ -258,8 +252,11 @@ def test_a_config_without_sizes_is_refused() -> None:
 
 
 def test_no_framework_is_imported_by_the_tables() -> None:
-    """``tensors.py`` and ``params.py`` import only the standard library."""
+    """``tensors.py`` and ``params.py`` import only the standard library, and ``config.py`` only ``params.py``."""
     code = "import sys, runpy; runpy.run_path(sys.argv[1]); assert not {'numpy', 'torch', 'jax'} & sys.modules.keys()"
     for module in ("tensors", "params"):
         path = sys.modules[f"mistral_hf.convert.{module}"].__file__
         subprocess.run([sys.executable, "-c", code, path], check=True)
+    lines = Path(str(sys.modules["mistral_hf.convert.config"].__file__)).read_text().splitlines()
+    imported = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"__future__", "math", "typing", ".params"}

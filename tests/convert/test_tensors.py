@@ -10,7 +10,8 @@ import torch
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM
 
-from mistral_hf.convert.params import KNOWN_MODELS, KnownModel, complete_params, normalize_params, params_to_config
+from mistral_hf.convert.config import params_to_config
+from mistral_hf.convert.params import KNOWN_MODELS, KnownModel, complete_params, normalize_params
 from mistral_hf.convert.tensors import (
     LORA_TO_PEFT,
     RAW_TO_HF,

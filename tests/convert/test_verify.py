@@ -129,7 +129,7 @@ def test_a_vision_tower_is_named_as_not_compared(tmp_path: Path) -> None:
 def test_the_table_of_published_models_gives_a_missing_rope_theta(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = tuple(COMMON[field] for field in params_module._SIZES)
+    shape = tuple(COMMON[field] for field in params_module.SIZES)
     known = (params_module.KnownModel("Tiny", shape, 1e6, 256),)
     monkeypatch.setattr(params_module, "KNOWN_MODELS", known)
     a, b = (write_without(tmp_path / name, COMMON, "rope_theta") for name in "ab")

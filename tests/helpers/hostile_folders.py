@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mistral_hf.checkpoints.reader import open_checkpoint
 from mistral_hf.checkpoints.writer import check_manifest
 from mistral_hf.compatibility import one_line
+from mistral_hf.convert.config import config_to_params
 from mistral_hf.convert.folders import convert_hf_to_raw, convert_raw_to_hf, is_adapter
 from mistral_hf.convert.lora import lora_config_to_peft
-from mistral_hf.convert.params import config_to_params, normalize_params
+from mistral_hf.convert.params import normalize_params
 from mistral_hf.convert.tensors import check_adapter, check_tensors, hf_shapes, raw_shapes
 from tests.helpers.checkpoint_files import read_json
 from tests.helpers.raw_reference import GENERATIONS, raw_tensors, write_raw, write_raw_lora

@@ -28,16 +28,9 @@ from ..checkpoints.writer import (
     write_manifest,
 )
 from ..compatibility import CheckpointError
+from .config import config_to_params, params_to_config
 from .lora import lora_config_to_peft, peft_config_to_lora
-from .params import (
-    VISION,
-    Params,
-    complete_params,
-    config_to_params,
-    normalize_params,
-    params_difference,
-    params_to_config,
-)
+from .params import VISION, Params, complete_params, normalize_params, params_difference
 from .tensors import (
     LORA_TO_PEFT,
     RAW_TO_HF,

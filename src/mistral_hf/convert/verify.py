@@ -13,8 +13,9 @@ from ..checkpoints.json_file import read_json
 from ..checkpoints.reader import Array, Checkpoint, open_checkpoint, same_bits
 from ..checkpoints.writer import Progress
 from ..compatibility import CheckpointError
+from .config import config_to_params
 from .folders import check_model, vision_tensors
-from .params import Params, complete_params, config_to_params, normalize_params, params_difference
+from .params import Params, complete_params, normalize_params, params_difference
 from .raw_forward import raw_logits
 from .tensors import RAW_TO_HF, hf_shapes, hf_to_raw, raw_shapes
 from .tokenizer import find_raw_tokenizer, raw_encoder
