@@ -5,13 +5,20 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
-from transformers import CompileConfig
+from transformers import CompileConfig, DataCollatorWithFlattening
 
 from mistral_hf import RollingCache
 from tests.helpers.comparison import TIGHT, assert_same_outputs, labels_of
 from tests.helpers.family import FAMILY
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
+COLLATORS: dict[str, dict[str, bool]] = {
+    "positions": {},
+    "bounds": {"return_flash_attn_kwargs": True},
+    "bounds alone": {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    "numbers alone": {"return_seq_idx": True, "return_position_ids": False},
+}
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -25,6 +32,18 @@ def test_a_compiled_language_model_matches_the_model(backend: str, make_model: A
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(compiled.logits[real], expected.logits[real], **TIGHT)
     torch.testing.assert_close(compiled.loss, expected.loss, **TIGHT)
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+def test_a_training_step_of_packed_rows_compiles_to_one_graph(collator: str, make_model: Any, sequences: Any) -> None:
+    model = make_model(num_hidden_layers=1).train()
+    inputs = DataCollatorWithFlattening(**COLLATORS[collator])([dict(row) for row in sequences])
+    gradients = []
+    for run in (torch.compile(model, fullgraph=True, backend="eager"), model):
+        model.zero_grad()
+        run(**inputs, use_cache=False).loss.backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    torch.testing.assert_close(*gradients, **TIGHT)
 
 
 @pytest.mark.parametrize("head", ["ForSequenceClassification", "ForQuestionAnswering"])

@@ -282,6 +282,42 @@ def compiled_varlen(
     return (output, logsumexp) if return_aux is not None else output
 
 
+def traceable_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: Any = (-1, -1),
+    enable_gqa: bool = False,
+    return_aux: Any = None,
+    seqused_k: Any = None,
+) -> Tensor:
+    """`varlen_attn` of several queries without a look at values, so that a compiler can trace it and its gradient."""
+    sequence_q, from_end_q = _places(cu_q, len(query))
+    sequence_k, from_end_k = _places(cu_k, len(key))
+    distance = from_end_q[:, None] - from_end_k
+    visible = (sequence_q[:, None] == sequence_k) & (distance >= 0)
+    if window_size[0] >= 0:
+        visible = visible & (distance <= window_size[0])
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    weights = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1) * visible
+    return torch.einsum("hqk,khd->qhd", weights, value)
+
+
+def _places(bounds: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The sequence of each of `count` tokens, and its index less the end of the sequence."""
+    indices = torch.arange(count, device=bounds.device)
+    sequence = torch.bucketize(indices, bounds[1:], right=True)
+    return sequence, indices - bounds[1:][sequence]
+
+
 PACKAGE = SimpleNamespace(
     flash_attn_varlen_func=flash_attn_varlen_func, flash_attn_with_kvcache=flash_attn_with_kvcache
 )
@@ -289,3 +325,4 @@ PACKAGE_2_3 = SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, fla
 VARLEN = SimpleNamespace(varlen_attn=varlen_attn, AuxRequest=AuxRequest)
 VARLEN_2_11 = SimpleNamespace(varlen_attn=varlen_attn_2_11, AuxRequest=AuxRequest)
 VARLEN_OPERATOR = SimpleNamespace(varlen_attn=compiled_varlen, AuxRequest=AuxRequest)
+VARLEN_TRACEABLE = SimpleNamespace(varlen_attn=traceable_varlen, AuxRequest=AuxRequest)

@@ -66,6 +66,30 @@ def test_merged_ranges_match_the_whole() -> None:
     assert torch.equal(empty, torch.zeros_like(empty))
 
 
+@pytest.mark.parametrize("begins_later", [False, True])
+def test_no_grid_exceeds_its_limit(
+    begins_later: bool, kernels: Any, exact: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows, heads and ranges of a large batch are split over several calls, with the same result."""
+    name = "with_cache" if isinstance(kernels, PackageKernels) else "varlen"
+    function, grids = getattr(kernels, name), []
+
+    def count(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **options: Any) -> Any:
+        grids.append(len(bounds[0]) - 1 if bounds else len(query) * query.shape[2])
+        return function(query, key, value, *bounds, **options)
+
+    lengths = torch.tensor([[3, 2]], dtype=INT).repeat(20, 1)
+    starts = torch.tensor([[0, 5]], dtype=INT).repeat(20, 1)
+    plan = KeyRangePlan(starts, lengths, {}) if begins_later else KeyRangePlan(None, lengths[:, :1].contiguous(), {})
+    query, key, value = torch.randn(20, 4, 1, 16), torch.randn(20, 2, 8, 16), torch.randn(20, 2, 8, 16)
+    expected = kernels.attend(plan, query, key, value, 0.25, 0.0)
+    monkeypatch.setattr(kernels, name, count)
+    monkeypatch.setattr(flash_kernels, "MAX_GRID", 25)
+    torch.testing.assert_close(kernels.attend(plan, query, key, value, 0.25, 0.0), expected)
+    assert len(grids) > 1
+    assert max(grids) <= 25
+
+
 @pytest.mark.parametrize("head_dim", [12, 264])
 def test_head_dims_are_checked(head_dim: int, kernels: Any, make_model: Any) -> None:
     with pytest.raises(ValueError, match=f"at most 256 elements, not head_dim={head_dim}"):

@@ -21,6 +21,7 @@ from transformers.utils import logging
 NAME = "flash_attention_2"
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+MAX_GRID = 65_535  # of CUDA, in the second and third dimension
 OLDEST_PACKAGE = Version("2.3.0")  # the first with windows
 logger = logging.get_logger(__name__)
 
@@ -71,6 +72,12 @@ class KeyRangePlan(NamedTuple):
             self.flattened[heads, slots] = ranges
         return ranges
 
+    def split(self, rows: int) -> "list[KeyRangePlan]":
+        """Plans of that many rows each."""
+        lengths = self.lengths.split(rows)
+        starts = [None] * len(lengths) if self.starts is None else self.starts.split(rows)
+        return [KeyRangePlan(*pair, {}) for pair in zip(starts, lengths, strict=True)]
+
     def contiguous(self) -> "KeyRangePlan":
         """The plan itself; `generate` calls this on every mask that it hands to a compiled step."""
         return self
@@ -100,7 +107,7 @@ class Kernels(ABC):
     ) -> Tensor:
         """Map ``[B, H, S, D]`` queries and ``[B, K, T, D]`` keys and values to ``[B, S, H, D]``; padding gets zeros."""
         if isinstance(plan, KeyRangePlan):
-            return self.ranges(query[:, :, 0], key, value, plan, scaling)[:, None]
+            return self._ranges_of_rows(query[:, :, 0], key, value, plan, scaling)[:, None]
         batch, heads, length, head_dim = query.shape
         if plan.order is not None:
             key, value = key[:, :, plan.order], value[:, :, plan.order]
@@ -112,6 +119,19 @@ class Kernels(ABC):
             real = self.sequences(q, k, v, plan, scaling, dropout)
             output = real.new_zeros(batch * length, heads, head_dim).index_copy(0, plan.kept, real)
         return output.view(batch, length, heads, head_dim)
+
+    def _ranges_of_rows(self, query: Tensor, key: Tensor, value: Tensor, plan: KeyRangePlan, scaling: float) -> Tensor:
+        """`ranges`, for as many rows at a time as a grid of the kernels can hold."""
+        rows = max(1, (MAX_GRID - 1) // (plan.lengths.shape[1] * self.blocks_a_range(query.shape[1], key.shape[1])))
+        if len(query) <= rows:
+            return self.ranges(query, key, value, plan, scaling)
+        parts = zip(query.split(rows), key.split(rows), value.split(rows), plan.split(rows), strict=True)
+        outputs = [self.ranges(q, k, v, piece, scaling) for q, k, v, piece in parts]
+        return torch.cat(outputs)
+
+    @abstractmethod
+    def blocks_a_range(self, heads: int, kv_heads: int) -> int:
+        """How much of a grid's dimension one range of a row takes in `ranges`."""
 
     @abstractmethod
     def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
@@ -152,6 +172,9 @@ class PackageKernels(Kernels):
         self.varlen: Callable[..., Any] = module.flash_attn_varlen_func
         self.with_cache: Callable[..., Any] = module.flash_attn_with_kvcache
         self.has_starts = "cache_leftpad" in inspect.signature(self.with_cache).parameters
+
+    def blocks_a_range(self, heads: int, kv_heads: int) -> int:
+        return heads
 
     def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
         return self.varlen(
@@ -253,6 +276,9 @@ class TorchKernels(Kernels):
         parameters = inspect.signature(self.varlen).parameters
         self.grouped = {"enable_gqa": True} if "enable_gqa" in parameters else {}  # without it, groups are not checked
         self.has_lengths = "seqused_k" in parameters
+
+    def blocks_a_range(self, heads: int, kv_heads: int) -> int:
+        return kv_heads if self.has_lengths else 2 * kv_heads
 
     def sequences(self, q: Tensor, k: Tensor, v: Tensor, plan: VarlenPlan, scaling: float, dropout: float) -> Tensor:
         if dropout:
