@@ -25,6 +25,8 @@ def test_forward_and_loss_match_the_reference(
     head: str, side: str, implementation: str, make_pair: Any, padded: Callable[..., dict[str, Tensor]]
 ) -> None:
     pair = make_pair(head, implementation)
+    if head == "ForQuestionAnswering":  # an answer may lie in the padding, where the reference's back ends differ
+        pair.stock.set_attn_implementation("sdpa")
     inputs = padded(21, 4, 13, side=side)
     assert_same_outputs(*pair(**inputs, **labels_of(head, inputs)), real=inputs["attention_mask"])
 

@@ -150,6 +150,21 @@ class MistralConfig(PreTrainedConfig):
         return [self.window_of(layer_idx) for layer_idx in range(self.num_hidden_layers)]
 
     @property
+    def shared_window(self) -> int | None:
+        """W of all layers, for models that have one.
+
+        Raises:
+            ValueError: The windows of the layers differ.
+        """
+        windows = set(self.layer_windows) or {self.sliding_window}
+        if len(windows) > 1:
+            raise ValueError(
+                f"layer_types={self.layer_types!r:.200} give layers windows that differ, which the JAX and TensorFlow"
+                " ports do not have: use the PyTorch models."
+            )
+        return windows.pop()
+
+    @property
     def query_scaling(self) -> tuple[float, int] | None:
         """Beta and the number of positions in the scaling of queries by their position; None without one."""
         return None

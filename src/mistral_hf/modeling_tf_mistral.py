@@ -384,6 +384,7 @@ class TFMistralModel(TFMistralPreTrainedModel):
 
     def __init__(self, config: MistralConfig, *, dtype: Any = None, initializer: Any = None, **kwargs: Any) -> None:
         super().__init__(config, dtype=dtype, **kwargs)
+        self.window = config.shared_window
         initializer = initializer or self.default_initializer()
         policy, width = self.dtype_policy, config.hidden_size
         self.embed_tokens = Embedding(config.vocab_size, width, initializer, policy, "embed_tokens")
@@ -449,7 +450,7 @@ class TFMistralModel(TFMistralPreTrainedModel):
             inputs_embeds=inputs_embeds,
         )
         states, cache = self._embed(inputs["input_ids"], inputs["inputs_embeds"]), inputs["past_key_values"]
-        length, window = size(states, 1), self.config.sliding_window
+        length, window = size(states, 1), self.window
         layout = sequence_layout(states, inputs["attention_mask"], inputs["position_ids"], cache)
         if use_cache is None:
             eager = tf.executing_eagerly() and not training

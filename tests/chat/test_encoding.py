@@ -66,6 +66,18 @@ def test_control_tokens_in_twenty_thousand_conversations_stay_text(
     check_ids(version, folder, data)
 
 
+@every_version
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_control_token_cut_in_two_texts_stays_text(role: str, version: str, folder: Path) -> None:
+    """Some versions join the texts of a message without anything between them."""
+    for token in ("[INST]", "</s>", "[/INST]", "[TOOL_CALLS]"):
+        for cut in range(1, len(token)):
+            parts = [{"type": "text", "text": text} for text in ("a" + token[:cut], token[cut:] + "b")]
+            messages = [USER, {"role": role, "content": parts}, {"role": "user", "content": token[:cut]}]
+            expected = expected_ids(version, folder, ValidationMode.agnostic, messages, None)
+            assert outcome(version, folder, messages) == expected
+
+
 USER = {"role": "user", "content": "hi"}
 ESCAPED = [
     "<\\/s>",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import mistral_hf
@@ -228,15 +228,14 @@ def test_another_architecture_is_noted(folder: Path) -> None:
 
 def test_info_lists_versions_classes_back_ends_and_devices() -> None:
     lines = run("info").stdout.splitlines()
-    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in lines if line.startswith("  ")}
+    shown = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in lines if line.startswith("  "))
     assert shown["mistral_hf"] == mistral_hf.__version__
     assert shown["torch"] == version("torch")
-    assert (
-        shown["AutoConfig"] == shown["transformers.MistralConfig"] == "mistral_hf.configuration_mistral.MistralConfig"
-    )
-    for auto_class, model_class in registration.MODEL_CLASSES.items():
-        name = model_class.__name__
-        assert shown[auto_class.__name__] == shown[f"transformers.{name}"] == f"mistral_hf.modeling_mistral.{name}"
+    for config_class, model_classes in registration.MODEL_CLASSES.items():
+        kind = config_class.model_type
+        for auto, ours in [(AutoConfig, config_class), *model_classes.items()]:
+            names = (f"{auto.__name__} of {kind}", f"transformers.{ours.__name__}")
+            assert {shown[name] for name in names} == {f"{ours.__module__}.{ours.__name__}"}
     assert shown["eager"] == shown["sdpa"] == "usable"
     assert f"{torch.get_num_threads()} threads" in shown["cpu"]
     assert shown["tiny-mistral"] == str(BUNDLED_CHECKPOINT)

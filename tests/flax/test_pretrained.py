@@ -14,7 +14,14 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM as S
 from transformers.utils import hub
 from transformers.utils import logging as library_logging
 
-from mistral_hf import BUNDLED_CHECKPOINT, FlaxMistralForCausalLM, FlaxMistralModel, MistralForCausalLM, MistralModel
+from mistral_hf import (
+    BUNDLED_CHECKPOINT,
+    FlaxMistralForCausalLM,
+    FlaxMistralModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MistralModel,
+)
 from mistral_hf.checkpoints.reader import CheckpointError
 from tests.helpers.flax_models import array, jax, jnp, leaves, to_flax
 
@@ -149,3 +156,22 @@ def test_loading_shows_a_bar_that_the_library_can_disable(
     finally:
         library_logging.enable_progress_bar()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("model_type", ["ministral", "ministral3", "mixtral"])
+def test_a_checkpoint_of_another_architecture_is_refused(model_type: str, checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    with pytest.raises(CheckpointError, match=rf"holds a model of model_type='{model_type}', not 'mistral'.*AutoModel"):
+        FlaxMistralForCausalLM.from_pretrained(checkpoint)
+
+
+def test_layers_of_one_kind_are_computed_and_windows_that_differ_are_refused(tiny: Callable[..., Any]) -> None:
+    kinds = ["full_attention", "full_attention"]
+    model = MistralForCausalLM(MistralConfig(**tiny(layer_types=kinds))).eval()
+    ids = np.arange(1, 21)[None]
+    expected = model(torch.tensor(ids)).logits.detach().numpy()
+    np.testing.assert_allclose(np.asarray(to_flax(model)(ids).logits), expected, rtol=1e-4, atol=1e-4)
+    kinds[1] = "sliding_attention"
+    with pytest.raises(ValueError, match=r"layer_types=\['full.* differ.*use the PyTorch models"):
+        FlaxMistralModel(MistralConfig(**tiny(layer_types=kinds)))

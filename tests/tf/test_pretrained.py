@@ -229,3 +229,11 @@ assert "torch" not in sys.modules
     model = mistral_hf.MistralForCausalLM.from_pretrained(BUNDLED_CHECKPOINT, dtype=torch.float32)
     expected = model.generate(torch.tensor([[5, 6, 7]]), do_sample=False, max_new_tokens=5)
     assert run_python(code, ("torch",)).split() == [str(token) for token in expected[0].tolist()]
+
+
+def test_windows_that_differ_by_layer_are_refused(make_model: Any) -> None:
+    config = make_model(layer_types=["full_attention", "sliding_attention"]).config
+    with pytest.raises(ValueError, match=r"layer_types=\['full.* differ.*use the PyTorch models"):
+        mistral_hf.TFMistralModel(config)
+    config.layer_types[1] = "full_attention"
+    assert mistral_hf.TFMistralModel(config).window is None

@@ -96,7 +96,9 @@ def _falls_back_on_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _protection(tokens: Sequence[str], *, replace_surrogates: bool) -> Callable[[str], str]:
-    """A function that puts the mark after the first character of every token in a text.
+    """A function that puts the mark after the first character of every token in a text, and of one that may go on.
+
+    The end of a text may be the beginning of a token, whose rest is in a text that a template joins to it.
 
     Args:
         tokens: The tokens to look for.
@@ -110,12 +112,16 @@ def _protection(tokens: Sequence[str], *, replace_surrogates: bool) -> Callable[
     # Tokens may overlap, so each beginning of one is found on its own.
     beginning = re.compile("|".join(f"{re.escape(first)}(?={'|'.join(rest)})" for first, rest in rests.items()))
 
+    beginnings = {token[:end] for token in tokens for end in range(1, len(token))}
+    longest = max(map(len, beginnings), default=0)
+
     def protected(text: str) -> str:
         if not replace_surrogates:
             text = re.sub("[\ud800-\udfff]", _SURROGATE, text)
         elif re.search("[\ud800-\udfff]", text):
             text = text.encode("utf-16", _KEEP).decode("utf-16", "replace")
-        return beginning.sub(lambda match: match.group() + _MARK, text)
+        may_go_on = any(text[-count:] in beginnings for count in range(1, min(longest, len(text)) + 1))
+        return beginning.sub(lambda match: match.group() + _MARK, text) + (_MARK if may_go_on else "")
 
     return protected
 

@@ -31,7 +31,7 @@ def info(as_json: JsonOption = False) -> None:
     state = str(BUNDLED_CHECKPOINT) if BUNDLED_CHECKPOINT.is_dir() else f"missing: {BUNDLED_CHECKPOINT}"
     tables = {
         "Versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        'Classes for model_type "mistral"': classes,
+        "Classes": classes,
         "Attention back ends": {name: _backend_state(name) for name in BACKENDS},
         "Devices": _devices(),
         "Bundled checkpoint": {"tiny-mistral": state},

@@ -98,7 +98,7 @@ class MistralModule(MistralPreTrainedModule):
         rngs: nnx.Rngs,
     ) -> None:
         self.layer_count, self.scan_layers, self.remat = config.num_hidden_layers, scan_layers, remat
-        self.window, (_, self.kv_heads, self.head_dim) = config.sliding_window, config.head_shape
+        self.window, (_, self.kv_heads, self.head_dim) = config.shared_window, config.head_shape
         self.embed_tokens = Embedding(
             config.vocab_size, config.hidden_size, dtype=dtype, std=config.initializer_range, rngs=rngs
         )
@@ -256,7 +256,7 @@ class MistralAttention(nnx.Module):
     def __init__(self, config: MistralConfig, dtype: Any = jnp.float32, *, rngs: nnx.Rngs) -> None:
         heads, self.kv_heads, self.head_dim = config.head_shape
         self.groups = heads // self.kv_heads
-        self.window, self.dropout = config.sliding_window, float(config.attention_dropout)
+        self.window, self.dropout = config.shared_window, float(config.attention_dropout)
         project = partial(Linear, dtype=dtype, std=config.initializer_range, rngs=rngs)
         self.q_proj = project(config.hidden_size, heads * self.head_dim)
         self.k_proj = project(config.hidden_size, self.kv_heads * self.head_dim)

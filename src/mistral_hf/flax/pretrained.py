@@ -23,6 +23,7 @@ from transformers.utils.hub import PushToHubMixin
 from ..checkpoints.pretrained import locate, open_weights, save_folder
 from ..checkpoints.reader import Shape, TensorInfo
 from ..checkpoints.writer import LazyTensor
+from ..compatibility import check_model_type
 from ..configuration_mistral import MistralConfig
 from .cache import FlaxRollingCache
 from .compiled import forward_programs
@@ -153,6 +154,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
         check_old_options("from_pretrained", options)
         fields = {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}
         folder = locate(name_or_path, **hub)
+        check_model_type(folder, MistralConfig.get_config_dict(folder)[0].get("model_type"))
         if config is None:
             config, fields = MistralConfig.from_pretrained(folder, return_unused_kwargs=True, **fields)
         if fields:
@@ -326,7 +328,7 @@ class FlaxMistralPreTrainedModel(PushToHubMixin):
             f"{'' if self._params is not None else ', not initialised'}\n"
             f"  {config.num_hidden_layers} layers of {config.hidden_size}, {heads} heads of {head_dim} ({kv_heads} for"
             f" keys and values), feed-forward {config.intermediate_size} ({config.hidden_act})\n"
-            f"  vocabulary {config.vocab_size}, window {config.sliding_window}, rotary"
+            f"  vocabulary {config.vocab_size}, window {config.shared_window}, rotary"
             f" {(config.rope_parameters or {}).get('rope_type')}, scan_layers={self._scan},"
             f" gradient_checkpointing={self._remat}\n)"
         )

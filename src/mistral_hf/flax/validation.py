@@ -52,7 +52,7 @@ def check_inputs(
         attention_mask: ``[B, S]``, or with more columns if there is a cache; or None.
         position_ids: ``[B or 1, S]``, or None.
         cache: The cached tokens, or None.
-        config: With `vocab_size` and `sliding_window`.
+        config: With `vocab_size` and `shared_window`.
 
     Raises:
         ValueError: Shapes do not fit, an id lies outside the vocabulary, positions restart although a mask lets packed
@@ -76,7 +76,7 @@ def check_inputs(
     if cache is None and attention_mask is not None and position_ids is not None:
         _check_one_sequence(_known(position_ids), _known(attention_mask))
     if cache is not None:
-        _check_cache(cache, batch, count, config.sliding_window)
+        _check_cache(cache, batch, count, config.shared_window)
 
 
 def _check_mask(shape: tuple[int, ...], batch: int, count: int, cached: bool) -> None:
