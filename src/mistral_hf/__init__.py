@@ -1,7 +1,8 @@
-"""Mistral for Hugging Face Transformers: importing this package registers it for ``model_type: "mistral"``.
+"""Mistral for Hugging Face Transformers: importing this package registers it for Mistral's dense model types.
 
-Without PyTorch, nothing is registered; the configuration, the conversion and the JAX and TensorFlow ports work. Public
-names and the packages `chat` and `convert` are imported when they are used.
+These are ``mistral``, ``ministral`` and ``ministral3``. Without PyTorch, nothing is registered; the configuration, the
+conversion and the JAX and TensorFlow ports work. Public names and the packages `chat` and `convert` are imported when
+they are used.
 """
 
 import sys
