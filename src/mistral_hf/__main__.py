@@ -10,7 +10,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda number, frame: os._exit(130))
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # closed by the caller
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a text stream
     from .cli import app
 
     app(prog_name="mistral-hf")

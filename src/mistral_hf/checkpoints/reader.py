@@ -186,8 +186,8 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int
             if last - first == info.nbytes:
                 return info, first, last
     raise CheckpointError(
-        f"{path} has a malformed safetensors header: the entry of {name:.200} is {entry!r:.200}, which is no supported"
-        " dtype, shape and offsets that agree; copy it again."
+        f"{path} has a malformed safetensors header: the entry of {name:.200} is {entry!r:.200}, and lacks a"
+        " supported dtype, or a shape and offsets that agree; copy it again."
     )
 
 

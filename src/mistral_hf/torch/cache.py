@@ -173,7 +173,7 @@ def takes_cache(forward: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(forward)
     *parameters, keywords = signature.parameters.values()
     former = inspect.Parameter(FORMER_NAME, inspect.Parameter.KEYWORD_ONLY, default=None)
-    wrapper.__signature__ = signature.replace(parameters=[*parameters, former, keywords])  # type: ignore[attr-defined]
+    wrapper.__signature__ = signature.replace(parameters=[*parameters, former, keywords])  # type: ignore[attr-defined]  # inspect reads it
     return wrapper
 
 
