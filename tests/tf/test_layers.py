@@ -25,7 +25,7 @@ def test_every_layer_matches_pytorch(make_model: Any, part: str) -> None:
     positions = torch.arange(11)[None]
     context = tf_attention.attention_context(3, tf.zeros([2, 11], tf.int32), None, None)
     cos, sin = ported.rotary_emb(tf.constant(positions.numpy()))
-    mask = model.make_mask(x, SequenceLayout.of(x))
+    mask = model.make_masks(x, SequenceLayout.of(x), None)[3]
     inputs = {"position_embeddings": model.rotary_emb(x, positions), "attention_mask": mask}
     theirs, ours = model.layers[1], ported.decoder_layers[1]
     if part == "norm":
