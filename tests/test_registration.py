@@ -354,3 +354,9 @@ for change in (lambda: None, mistral_hf.unregister, mistral_hf.register):
     lines = run_python(code).splitlines()[-4:]
     ours, stock = "mistral_hf.modeling_mistral", "transformers.models.mistral.modeling_mistral"
     assert lines == ["False", f"{ours} {ours}", f"{stock} {stock}", f"{ours} {ours}"]
+
+
+@pytest.mark.parametrize("name", ["MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM"])
+def test_language_models_have_a_generation_mixin_among_their_direct_bases(name: str) -> None:
+    """There the library and its tools look for one."""
+    assert any(base.__name__.endswith("GenerationMixin") for base in getattr(mistral_hf, name).__bases__)

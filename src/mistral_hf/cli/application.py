@@ -83,9 +83,9 @@ def flat(function: Function) -> Function:
     for group in groups.values():
         options += inspect.signature(group).parameters.values()
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in options]
-    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # typer reads it
     command.__annotations__ = {}
-    return command  # type: ignore[return-value]
+    return command  # type: ignore[return-value]  # its signature was replaced
 
 
 class Application(typer.Typer):
